@@ -1,0 +1,292 @@
+"""Records on disk -> token batches with images.
+
+A record is a dict {"id", "images": [paths], "messages": [{"role", "content"}]}; text-only rows have no images; a row may
+be {"text": ...} instead, or LLaVA-style {"image", "conversations": [{"from", "value"}]}. `<image>` in a message marks an
+image's place. Other fields ("facts" of the tiny world, "character" of MMRole) are kept for the judge.
+
+Files are JSON Lines or JSON arrays. The order of work: `Records` (a file, indexed, checked) -> `Processor.example`
+(token ids, which of them are responses, pixels) -> `Processor.collate` (a padded `Batch`); `batches` yields them forever
+in an order that depends on (seed, epoch) alone, so that a resumed run and any number of ranks see the same data.
+
+    python data.py --mmrole FOLDER --out runs/real/data     # MMRole, raw or preprocessed, -> this record format
+"""
+
+import argparse
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+
+class DataError(ValueError):
+    """Bad input; the message names the file, the row and the cure. The scripts print it without a traceback."""
+
+
+# ------------------------------------------------------------------------------------------------------ records
+def normalise(row, where):
+    """One row in any of the formats above -> {"id", "images", "messages" or "text", ...}; raises DataError."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a record must be a JSON object, this is a {type(row).__name__}")
+    record = {k: v for k, v in row.items() if k not in ("image", "conversations")}
+    if "messages" not in row and "conversations" in row:
+        names = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+        turns = [(t.get("from") or t.get("role"), t.get("value", t.get("content"))) for t in row["conversations"]]
+        record["messages"] = [{"role": names.get(who, who), "content": text} for who, text in turns]
+    record["images"] = row.get("images") or ([row["image"]] if row.get("image") else [])
+    if isinstance(record.get("text"), str) and record["text"].strip() and "messages" not in record:
+        return record
+    messages = record.get("messages")
+    if not messages:
+        raise DataError(f"{where}: no messages; a record needs 'messages', 'conversations' or 'text'")
+    for m in messages:
+        if not isinstance(m, dict) or m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
+            raise DataError(f"{where}: a message needs role system, user or assistant and a string 'content', this is {str(m)[:80]}")
+    marks = sum(m["content"].count("<image>") for m in messages)
+    if record["images"] and not marks:  # no mark: the image comes before the first question
+        k = next((k for k, m in enumerate(messages) if m["role"] == "user"), None)
+        if k is None:
+            raise DataError(f"{where}: has an image but no user message to put it in")
+        messages = [m | {"content": "<image>" * len(record["images"]) + m["content"]} if j == k else m for j, m in enumerate(messages)]
+        record["messages"] = messages
+    elif marks != len(record["images"]):
+        raise DataError(f"{where}: {marks} <image> marks but {len(record['images'])} images; make them equal")
+    return record
+
+
+class Records:
+    """A file of records, read row by row when asked: a text corpus of any size costs one byte offset (8 B) a row."""
+
+    def __init__(self, path, limit=None):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(f"{path}: no such file; `python tiny/world.py` writes the default data")
+        with open(self.path, "rb") as f:
+            self.rows = None
+            if self.path.suffix == ".json":
+                try:
+                    self.rows = json.load(f)
+                except json.JSONDecodeError as e:
+                    raise DataError(f"{path}: not JSON ({e}); JSON Lines files must end in .jsonl") from None
+                if not isinstance(self.rows, list):
+                    raise DataError(f"{path}: must hold a JSON array of records")
+                self.rows = self.rows[:limit]
+            else:
+                offset, offsets = 0, []
+                for line in f:
+                    if line.strip():
+                        offsets.append(offset)
+                    offset += len(line)
+                self.offsets = np.array(offsets[:limit], dtype=np.int64)
+        if not len(self):
+            raise DataError(f"{path}: holds no record")
+
+    def __len__(self):
+        return len(self.offsets) if self.rows is None else len(self.rows)
+
+    def __getitem__(self, i):
+        where = f"{self.path}, row {i + 1}"
+        if self.rows is None:
+            with open(self.path, "rb") as f:
+                f.seek(self.offsets[i])
+                try:
+                    row = json.loads(f.readline())
+                except json.JSONDecodeError as e:
+                    raise DataError(f"{where}: not JSON ({e.msg})") from None
+        else:
+            row = self.rows[i]
+        record = normalise(row, where)
+        record["images"] = [str(self.path.parent / p) for p in record["images"]]
+        return record | {"where": where}
+
+
+# ----------------------------------------------------------------------------------------------------- examples
+@dataclass
+class Example:
+    """One record as tokens. ids (T,) int64; response (T,) bool: the tokens that are to be learnt, EOS included."""
+    ids: np.ndarray
+    response: np.ndarray
+    pixels: torch.Tensor | None  # (patches, channels), all images of the record
+    grids: torch.Tensor | None   # (images, 3): t, h, w in patches
+    record: dict
+
+
+@dataclass
+class Batch:
+    """Padded examples. Right-padded for training, left-padded for generation.
+
+    ids_BT int64; mask_BT bool, True at real tokens; response_BT bool; paired_B bool, True where the row has an image.
+    """
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    response_BT: torch.Tensor
+    paired_B: torch.Tensor
+    pixels: torch.Tensor | None
+    grids: torch.Tensor | None
+    records: list
+
+    def to(self, device):
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)})
+
+
+class Processor:
+    """Tokenizer + image processor of a checkpoint: records -> Examples -> Batches."""
+
+    def __init__(self, vlm, max_length=512, max_pixels=280 * 420, loss_on="response"):
+        """loss_on: 'response' (the paper's L_inverse, without the release's prompt tokens) or 'all' text."""
+        self.tokenizer = AutoTokenizer.from_pretrained(vlm)
+        size = {"shortest_edge": 28 * 28, "longest_edge": max_pixels}
+        self.images = AutoImageProcessor.from_pretrained(vlm, size=size)
+        self.max_length, self.loss_on = max_length, loss_on
+        self.config = AutoConfig.from_pretrained(vlm)
+        self.image_id = self.config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        self.vision_ids = {self.image_id, self.config.vision_start_token_id, self.config.vision_end_token_id}
+        self.eos, self.eos_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
+        self.pad_id = self.tokenizer.pad_token_id
+        self.special = set(self.tokenizer.all_special_tokens) | {t.content for t in self.tokenizer.added_tokens_decoder.values()}
+        # EOS stays; every other special token (image and vision tokens among them) must never be sampled
+        self.never_sampled = sorted(set(self.tokenizer.added_tokens_decoder) - {self.eos_id})
+
+    def example(self, record, prompt_only=False, pixels=None):
+        """-> Example. With prompt_only, everything up to the last answer, ready to generate it.
+        pixels: (pixels, grids) where the caller has them already; else the record's images are opened.
+
+        Raises DataError if an image does not open, the text holds a control token, or (prompt_only) it is too long."""
+        where = record.get("where", record.get("id", "record"))
+        for text in [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]:
+            if any(s in text for s in self.special):
+                raise DataError(f"{where}: the text holds a control token of the tokenizer; remove it")
+        pixels, grids = pixels or self._pixels(record["images"], where)
+        merge = self.images.merge_size ** 2
+        counts = iter([] if grids is None else (grids.prod(-1) // merge).tolist())
+        ids, response = [], []
+        for text, learnt in self._pieces(record, prompt_only, where):
+            parts = text.split(self.image_token)
+            for k, part in enumerate(parts):
+                new = self.tokenizer(part, add_special_tokens=False)["input_ids"]
+                new = ([self.image_id] * next(counts) if k else []) + new
+                ids += new
+                response += [learnt] * len(new)
+        if prompt_only and len(ids) > self.max_length:
+            raise DataError(f"{where}: the prompt has {len(ids)} tokens, the limit is {self.max_length}; shorten it or raise the limit")
+        ids, response = np.array(ids[:self.max_length]), np.array(response[:self.max_length], dtype=bool)
+        if (ids == self.image_id).sum() * merge != (0 if grids is None else grids.prod(-1).sum()):
+            raise DataError(f"{where}: {self.max_length} tokens are too few for its images; raise --max-length or lower --max-pixels")
+        if not prompt_only and self.loss_on == "all":
+            response = ~np.isin(ids, list(self.vision_ids))
+        if not prompt_only and not response[1:].any():
+            raise DataError(f"{where}: no answer to learn within {self.max_length} tokens; raise --max-length or drop the record")
+        return Example(ids, response, pixels, grids, record)
+
+    def _pixels(self, paths, where):
+        if not paths:
+            return None, None
+        try:
+            images = [Image.open(p).convert("RGB") for p in paths]
+        except OSError as e:
+            raise DataError(f"{where}: an image does not open ({e}); fix the path or drop the record") from None
+        out = self.images(images=images, return_tensors="pt")
+        return out["pixel_values"], out["image_grid_thw"]
+
+    def _pieces(self, record, prompt_only, where):
+        """Yield (text, is it a response), rendered by the checkpoint's own chat template; a response ends with EOS."""
+        if "text" in record:
+            if not prompt_only:
+                yield record["text"] + self.eos, True
+                return
+            yield record["text"], False
+            return
+        messages = [m | {"content": self._content(m["content"])} for m in record["messages"]]
+        answers = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
+        if not answers:
+            raise DataError(f"{where}: no assistant message; there is nothing to learn or to compare with")
+        done = 0
+        for k in answers:
+            prompt = self._render(messages[:k], True)
+            if prompt_only and k == answers[-1]:
+                yield prompt[done:], False
+                return
+            full = self._render(messages[:k + 1], False)
+            assert full.startswith(prompt), "the chat template does not extend its own prefix"
+            end = full.index(self.eos, len(prompt)) + len(self.eos)
+            yield prompt[done:], False
+            yield full[len(prompt):end], True
+            done = end
+
+    def _content(self, text):
+        parts = text.split("<image>")
+        if len(parts) == 1:
+            return text
+        return [p for k, t in enumerate(parts) for p in ([{"type": "image"}] if k else []) + ([{"type": "text", "text": t}] if t else [])]
+
+    def _render(self, messages, generate):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+
+    def collate(self, examples, left=False):
+        """Examples -> Batch padded to its longest row; `left` for generation."""
+        B, T = len(examples), max(len(e.ids) for e in examples)
+        ids = torch.full((B, T), self.pad_id)
+        mask, response = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
+        for b, e in enumerate(examples):
+            s = slice(T - len(e.ids), T) if left else slice(0, len(e.ids))
+            ids[b, s], mask[b, s], response[b, s] = torch.from_numpy(e.ids), True, torch.from_numpy(e.response)
+        pictures = [e for e in examples if e.pixels is not None]
+        return Batch(ids, mask, response, torch.tensor([e.pixels is not None for e in examples]),
+                     torch.cat([e.pixels for e in pictures]) if pictures else None,
+                     torch.cat([e.grids for e in pictures]) if pictures else None, [e.record for e in examples])
+
+    def text_view(self, batch):
+        """The same dialogues with the images left out, and how their tokens line up.
+
+        -> (Batch (B, S) without image tokens, index_BS: position in `batch` of each text token, after_BS bool: text
+        tokens behind the row's first image). Positions, masks and responses are re-made for the shorter rows. Tokens
+        before the image do not count in L_t2vt and L_vt2t: there e^VT = e^T by causality."""
+        keep_BT = batch.mask_BT & ~torch.isin(batch.ids_BT, torch.tensor(sorted(self.vision_ids), device=batch.ids_BT.device))
+        index_BS = torch.argsort(~keep_BT, dim=1, stable=True)[:, :int(keep_BT.sum(1).max())]  # kept tokens first, in order
+        real_BS = keep_BT.gather(1, index_BS)
+        seen_BT = (batch.ids_BT == self.image_id).cumsum(1) > 0
+        ids_BS = batch.ids_BT.gather(1, index_BS).masked_fill(~real_BS, self.pad_id)
+        view = Batch(ids_BS, real_BS, batch.response_BT.gather(1, index_BS) & real_BS, torch.zeros_like(batch.paired_B),
+                     None, None, batch.records)
+        return view, index_BS, seen_BT.gather(1, index_BS) & real_BS
+
+
+# ------------------------------------------------------------------------------------------------------ samplers
+def order(n, seed, epoch):
+    """The epoch's permutation of n rows; the same on every rank."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def index_stream(n, seed, start=0):
+    """Row numbers forever, a fresh permutation each epoch, from the start-th draw on (to resume)."""
+    epoch, k = divmod(start, n)
+    while True:
+        yield from order(n, seed, epoch)[k:]
+        epoch, k = epoch + 1, 0
+
+
+def batches(records, processor, size, seed, start=0, rank=0, world=1, prompt_only=False, refused=None):
+    """Yield Batches of `size` rows for this rank, forever. `start`: rows drawn so far by all ranks together.
+
+    A row that cannot be used is left out and counted in `refused` (a Counter of reasons), never silently."""
+    stream, picked, bad = index_stream(len(records), seed, start), [], 0
+    for n, i in enumerate(stream):
+        if n % world != rank:
+            continue
+        try:
+            picked.append(processor.example(records[int(i)], prompt_only))
+            bad = 0
+        except DataError as e:
+            bad += 1
+            if refused is None or bad > len(records):
+                raise
+            refused[str(e)] += 1
+        if len(picked) == size:
+            yield processor.collate(picked, left=prompt_only)
+            picked = []
