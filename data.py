@@ -120,15 +120,20 @@ class Example:
 class Batch:
     """Padded examples. Right-padded for training, left-padded for generation.
 
-    ids_BT int64; mask_BT bool, True at real tokens; response_BT bool; paired_B bool, True where the row has an image.
+    ids_BT int64; mask_BT bool, True at real tokens; response_BT bool; images_B int64, the number of images of a row.
     """
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor
     response_BT: torch.Tensor
-    paired_B: torch.Tensor
+    images_B: torch.Tensor
     pixels: torch.Tensor | None
     grids: torch.Tensor | None
     records: list
+
+    @property
+    def paired_B(self):
+        """bool, True where the row has an image."""
+        return self.images_B > 0
 
     def to(self, device):
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)})
@@ -237,7 +242,7 @@ class Processor:
             s = slice(T - len(e.ids), T) if left else slice(0, len(e.ids))
             ids[b, s], mask[b, s], response[b, s] = torch.from_numpy(e.ids), True, torch.from_numpy(e.response)
         pictures = [e for e in examples if e.pixels is not None]
-        return Batch(ids, mask, response, torch.tensor([e.pixels is not None for e in examples]),
+        return Batch(ids, mask, response, torch.tensor([0 if e.grids is None else len(e.grids) for e in examples]),
                      torch.cat([e.pixels for e in pictures]) if pictures else None,
                      torch.cat([e.grids for e in pictures]) if pictures else None, [e.record for e in examples])
 
@@ -252,7 +257,7 @@ class Processor:
         real_BS = keep_BT.gather(1, index_BS)
         seen_BT = (batch.ids_BT == self.image_id).cumsum(1) > 0
         ids_BS = batch.ids_BT.gather(1, index_BS).masked_fill(~real_BS, self.pad_id)
-        view = Batch(ids_BS, real_BS, batch.response_BT.gather(1, index_BS) & real_BS, torch.zeros_like(batch.paired_B),
+        view = Batch(ids_BS, real_BS, batch.response_BT.gather(1, index_BS) & real_BS, torch.zeros_like(batch.images_B),
                      None, None, batch.records)
         return view, index_BS, seen_BT.gather(1, index_BS) & real_BS
 
