@@ -18,10 +18,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers.utils import logging as hf_logging
 
 from data import Batch, DataError
+
+hf_logging.disable_progress_bar()  # one bar a run is enough
 
 
 # ---------------------------------------------------------------------------------------------------- the VLM
@@ -32,7 +36,7 @@ class VLM(nn.Module):
         super().__init__()
         try:
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, SafetensorError) as e:
             raise DataError(f"--vlm {name}: not a loadable checkpoint ({str(e).splitlines()[0]})") from None
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         self.text = getattr(self.body, "language_model", self.body)
@@ -172,13 +176,20 @@ class Stack(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ projector
 class Gaussian(nn.Module):
-    """x -> (mu, log sigma^2), two MLPs; the log-variance ends in a tanh, so it lies in (-1, 1)."""
+    """x -> (mu, log sigma^2), two MLPs; the log-variance ends in a tanh, so it lies in (-1, 1).
 
-    def __init__(self, width):
+    skip: mu = x + MLP(x), starting at the identity (ours); otherwise mu = MLP(x), as the paper has it."""
+
+    def __init__(self, width, skip=True):
         super().__init__()
         def mlp():
             return nn.Sequential(nn.Linear(width, width // 2), nn.Tanh(), nn.Linear(width // 2, width))
-        self.mean, self.logvar = mlp(), mlp()
+        self.mlp, self.logvar, self.skip = mlp(), mlp(), skip
+        if skip:
+            nn.init.zeros_(self.mlp[-1].weight), nn.init.zeros_(self.mlp[-1].bias)
+
+    def mean(self, x_BTD):
+        return x_BTD + self.mlp(x_BTD) if self.skip else self.mlp(x_BTD)
 
     def forward(self, x_BTD):
         return self.mean(x_BTD), torch.tanh(self.logvar(x_BTD))
@@ -196,9 +207,9 @@ def gaussian_nll(target_BTD, mu_BTD, logvar_BTD, mask_BT):
 class Projector(nn.Module):
     """P: text -> image-text and P': image-text -> text."""
 
-    def __init__(self, width):
+    def __init__(self, width, skip=True):
         super().__init__()
-        self.P, self.P_back = Gaussian(width), Gaussian(width)
+        self.P, self.P_back = Gaussian(width, skip), Gaussian(width, skip)
 
     def paired_loss(self, h_VT_BSD, h_T_BSD, mask_BS):
         """L_t2vt + L_vt2t on aligned states of the same text token with and without the image; summed, not averaged."""
@@ -215,7 +226,7 @@ def straight_through_gumbel(logits_BTK, tau=2.0):
     u = torch.rand_like(logits_BTK).clamp_(1e-9, 1 - 1e-7)
     soft = F.softmax((logits_BTK - torch.log(-torch.log(u))) / tau, -1)
     hard = F.one_hot(soft.argmax(-1), logits_BTK.shape[-1]).to(soft.dtype)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # in this order: (1 + soft) - soft is 0.9999999 at times
 
 
 def entropy(logits_BTK):
@@ -265,14 +276,14 @@ class LatentModel(nn.Module):
 
     parts = ("projector", "inverse", "codebook", "world", "policy")
 
-    def __init__(self, config, codes=128, inverse_blocks=4, policy_blocks=8, merges=2, world_output="vlm"):
+    def __init__(self, config, codes=128, inverse_blocks=4, policy_blocks=8, merges=2, world_output="vlm", skip=True):
         """config: the VLM's text config; the blocks take over its width, heads and intermediate size."""
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
         rope = getattr(config, "rope_parameters", None) or {}
         shape = dict(codes=codes, width=D, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
                      inner=inner, theta=rope.get("rope_theta", 1e6))
-        self.projector = Projector(D)
+        self.projector = Projector(D, skip)
         self.inverse = Stack(inverse_blocks, **shape)
         self.codebook = nn.Embedding(codes, D)
         self.world = WorldModel(D, inner, merges, world_output)

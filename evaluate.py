@@ -1,0 +1,227 @@
+"""Evaluation: judge ratio on the in- and out-of-distribution tests, rollout diversity, codebook usage; table, plots, examples.
+
+One row for each model that is given: Prompt (the VLM as it is), SFT, BC latent (stage 3), and the two sides of RL. For each test
+prompt --samples responses are drawn at --temperature; a sample's number is the judge's score of the response over that of the
+reference, averaged over dimensions; the table gives the mean over prompts, and +- the standard deviation over the samples.
+Diversity: G (G-1) / sum_{i != j} cosine(i, j) over --group responses at temperature 1, averaged over prompts; 1 = all the same.
+
+    python evaluate.py --sft runs/sft --bc runs/stage3 --token runs/rl_token --latent runs/rl --codebook runs/stage2 --out runs/eval
+"""
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+
+import common
+from data import DataError, Processor, Records
+from model import VLM, rollout, uniforms
+from rewards import judge_ratio, load_judge, ngram_embed, rollout_diversity
+from stage4_latent_rl import decode, start_policy
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclass
+class Config:
+    vlm: str = "tiny/vlm"                # folder or hub name of the vision-language model
+    data: str = "runs/world"             # folder with task_id.jsonl, task_ood.jsonl, task_prompts.jsonl, paired.jsonl, text.jsonl
+    sft: str = ""                        # finished run of stage 3 with --actions token
+    bc: str = ""                         # finished run of stage 3
+    token: str = ""                      # finished run of stage 4 with --actions token
+    latent: str = ""                     # finished run of stage 4
+    codebook: str = ""                   # finished run of stage 2, for the plot of code usage (needs --bc)
+    judge: str = "rules"                 # 'rules' (the tiny world's) or the folder of a sentence-embedding model
+    embedder: str = "ngrams"             # embedding for diversity: 'ngrams' (hashed words and word pairs) or a model folder
+    out: str = "runs/eval"               # folder for results.json, table.md, examples.md and the plots
+    limit: int = 128                     # prompts of each test
+    samples: int = 3                     # responses to each prompt
+    temperature: float = 0.1             # of actions or tokens, for the judge ratio
+    diversity_prompts: int = 32          # RL prompts for the diversity
+    group: int = 8                       # responses to each of them
+    batch: int = 32                      # prompts at a time
+    max_prompt: int = 400                # longest prompt, tokens
+    max_new: int = 64                    # longest response, tokens
+    max_pixels: int = 117600             # images are scaled down to this many pixels
+    seed: int = 1000                     # seed of sampling
+
+
+def respond(vlm, latent, processor, records, cfg, device, group, temperature, salt):
+    """-> (texts [record][sample], Rollouts) of every record."""
+    never, texts, rolls = torch.tensor(processor.never_sampled, device=device), [], []
+    for i in range(0, len(records), cfg.batch):
+        part = records[i:i + cfg.batch]
+        prompt = processor.collate([processor.example(r, prompt_only=True) for r in part], left=True).to(device)
+        u = uniforms(cfg.seed, [(salt, i + j, g) for j in range(len(part)) for g in range(group)], cfg.max_new).to(device)
+        with common.autocast(device):
+            roll = rollout(vlm, latent, prompt, u, group=group, temperature=temperature, never=never, eos=processor.eos_id,
+                           pad=processor.pad_id, actions="token" if latent is None else "latent")
+        flat = decode(processor.tokenizer, roll, processor.eos_id)
+        texts += [flat[k:k + group] for k in range(0, len(flat), group)]
+        rolls.append(roll)
+    return texts, rolls
+
+
+def score(judge, records, texts):
+    """-> {'ratio', 'std' over samples, 'dimensions': mean score of the model and of the reference for each}."""
+    samples = len(texts[0])
+    references = judge(records, [r["messages"][-1]["content"] for r in records])
+    scores = np.stack([judge(records, [t[s] for t in texts]) for s in range(samples)])  # (S, N, dimensions)
+    ratios = np.stack([judge_ratio(s, references) for s in scores]).mean(1)
+    return {"ratio": float(ratios.mean()), "std": float(ratios.std(ddof=1)) if samples > 1 else 0.0,
+            "dimensions": {d: [float(scores[..., k].mean()), float(references[:, k].mean())] for k, d in enumerate(judge.dimensions)}}
+
+
+def training(run):
+    """Reward at the start and the end, and median seconds, from a stage 4's metrics."""
+    rows = common.read_metrics(run)
+    k = max(1, min(10, len(rows) // 4))
+    return {"reward_start": float(np.mean([r["reward"] for r in rows[:k]])), "reward_end": float(np.mean([r["reward"] for r in rows[-k:]])),
+            "s_rollout": float(np.median([r["s_rollout"] for r in rows])), "s_update": float(np.median([r["s_update"] for r in rows]))}
+
+
+def table(rows):
+    lines = ["| row | ID | OOD | diversity | reward, start | reward, end | rollout, s | update, s |", "|---|---|---|---|---|---|---|---|"]
+    for name, r in rows.items():
+        cells = [f"{r[t]['ratio']:.3f} ± {r[t]['std']:.3f}" for t in ("id", "ood")] + [f"{r['diversity']:.3f}"]
+        cells += [f"{r[k]:.3f}" if k in r else "" for k in ("reward_start", "reward_end", "s_rollout", "s_update")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_curves(runs, path):
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    for name, run in runs.items():
+        rows = common.read_metrics(run)
+        config = json.loads((common.latest(run) / "state.json").read_text())["config"]
+        x = np.array([r["step"] for r in rows]) * config["batch"] * config["group"]
+        for axis, key in zip(axes, ("reward", "entropy", "kl")):
+            y = np.array([r[key] for r in rows])
+            k = max(1, len(y) // 20)
+            smooth = np.convolve(np.pad(y, (k - 1, 0), mode="edge"), np.ones(k) / k, "valid")
+            line, = axis.plot(x, smooth, label=name)
+            axis.plot(x, y, color=line.get_color(), alpha=0.2, linewidth=0.8)
+            axis.set(xlabel="rollouts", title={"reward": "reward (response / reference)", "entropy": "entropy, nats",
+                                               "kl": "KL to the start (k3), nats"}[key])
+    axes[0].legend()
+    fig.tight_layout(), fig.savefig(path, dpi=110), plt.close(fig)
+
+
+@torch.no_grad()
+def code_usage(vlm, latent, processor, records, device, size=16):
+    """Counts (K,) of the inferred action of every response token."""
+    counts = torch.zeros(latent.codebook.num_embeddings, device=device)
+    for i in range(0, len(records), size):
+        batch = processor.collate([processor.example(r) for r in records[i:i + size]]).to(device)
+        with common.autocast(device):
+            a = latent.infer_actions(latent.context(vlm(batch), batch.paired_B)).argmax(-1)[batch.response_BT[:, 1:]]
+        counts += torch.bincount(a, minlength=len(counts))
+    return counts.cpu().numpy()
+
+
+def plot_usage(usage, path):
+    fig, axes = plt.subplots(len(usage), 1, figsize=(10, 1.7 * len(usage)), sharex=True)
+    order = np.argsort(-usage["text-only data"])
+    for axis, (name, counts) in zip(axes, usage.items()):
+        p = counts / max(counts.sum(), 1)
+        perplexity = np.exp(-(p * np.log(p + 1e-12)).sum())
+        axis.bar(np.arange(len(p)), p[order], width=0.9)
+        axis.set_title(f"{name}: {int((p > 0).sum())} of {len(p)} codes used, perplexity {perplexity:.1f}", fontsize=9)
+        axis.set_ylabel("share")
+    axes[-1].set_xlabel("code, ordered by use in the text-only data")
+    fig.tight_layout(), fig.savefig(path, dpi=110), plt.close(fig)
+
+
+def examples(out, records, answers, rolls, name):
+    """examples.md: each dialogue's image, what is in it, what each model says, and the actions that the latent policy took."""
+    lines = ["# Example dialogues (out-of-distribution roles; first sample of each model)", ""]
+    for n, record in enumerate(records):
+        for path in record["images"]:
+            shutil.copy(path, out / f"example-{n}{Path(path).suffix}")
+            lines += [f"![image](example-{n}{Path(path).suffix})", ""]
+        if "facts" in record:
+            seen = "; ".join(f"{t['size']} {t['colour']} {t['shape']} {t['place']}" for t in record["facts"]["scene"])
+            lines += [f"In the image: {seen}.", ""]
+        lines += [f"- **{m['role']}**: {m['content']}" for m in record["messages"][:-1]]
+        lines += [f"- *reference*: {record['messages'][-1]['content']}"]
+        lines += [f"- *{row}*: {texts[n][0]}" for row, texts in answers.items()]
+        if rolls:
+            k = n * rolls[0].group
+            taken = rolls[0].actions_NT[k][rolls[0].mask_NT[k]].tolist()
+            lines += [f"- actions of {name}: " + " ".join(map(str, taken))]
+        lines.append("")
+    (out / "examples.md").write_text("\n".join(lines))
+
+
+def main(argv=None):
+    cfg = common.parse_config(Config, __doc__, argv)
+    device, _, _ = common.setup(cfg.seed)
+    out, data = Path(cfg.out), Path(cfg.data)
+    judge, embed = load_judge(cfg.judge), ngram_embed if cfg.embedder == "ngrams" else load_judge(cfg.embedder).embed
+    processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
+    files = {k: Records(data / f"{f}.jsonl", limit=n) for k, f, n in
+             (("id", "task_id", cfg.limit), ("ood", "task_ood", cfg.limit), ("prompts", "task_prompts", cfg.diversity_prompts))}
+    for f in files.values():
+        common.check(processor, f)
+    files = {k: [f[i] for i in range(len(f))] for k, f in files.items()}
+    wanted = {"Prompt": ("token", None), "SFT": ("token", cfg.sft), "BC latent": ("latent", cfg.bc),
+              "RL token": ("token", cfg.token), "RL latent": ("latent", cfg.latent)}
+    rows, answers, last_rolls = {}, {}, []
+    for name, (actions, run) in wanted.items():
+        if run == "":
+            continue
+        began = time.time()
+        if run is None:
+            vlm, latent = VLM(cfg.vlm, device, common.vlm_dtype(device)), None
+        else:
+            vlm, latent, _ = start_policy(SimpleNamespace(init=run, actions=actions, vlm=cfg.vlm), device)
+            if name.startswith("RL"):
+                name = name.replace("RL", common.load(run, "--" + actions, ["stage4_latent_rl"])[1]["config"]["loss_type"].upper())
+        row = {"run": run or cfg.vlm}
+        for salt, test in enumerate(("id", "ood")):
+            texts, rolls = respond(vlm, latent, processor, files[test], cfg, device, cfg.samples, cfg.temperature, salt)
+            row[test] = score(judge, files[test], texts) | {"length": float(np.mean([r.mask_NT.sum(1).float().mean().item() for r in rolls]))}
+        answers[name], last_rolls = texts, rolls if latent is not None else last_rolls
+        texts, _ = respond(vlm, latent, processor, files["prompts"], cfg, device, cfg.group, 1.0, 2)
+        row["diversity"] = float(np.mean([rollout_diversity(embed(t)) for t in texts]))
+        if run in (cfg.token, cfg.latent):
+            row |= training(run)
+        rows[name] = row
+        common.say(f"{name}: ID {row['id']['ratio']:.3f}, OOD {row['ood']['ratio']:.3f}, diversity {row['diversity']:.3f} "
+                   f"({time.time() - began:.0f} s)")
+    out.mkdir(parents=True, exist_ok=True)
+    results = {"rows": rows, "config": asdict(cfg), "torch": torch.__version__, "device": str(device)}
+    curves = {n: r["run"] for n, r in rows.items() if "reward_end" in r}
+    if curves:
+        plot_curves(curves, out / "curves.png")
+    if cfg.codebook:
+        if not cfg.bc:
+            raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
+        tensors, state = common.load(cfg.codebook, "--codebook", ["stage2_codebook"])
+        vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
+        latent = common.build_latent(vlm, state["arch"], tensors).to(device)
+        usage = {}
+        for name, file in (("paired data", "paired.jsonl"), ("text-only data", "text.jsonl")):
+            records = Records(data / file, limit=200)
+            usage[name] = code_usage(vlm, latent, processor, [records[i] for i in range(len(records))], device)
+        if last_rolls:
+            taken = torch.cat([r.actions_NT[r.mask_NT] for r in last_rolls]).cpu().numpy()
+            usage["policy after RL, OOD test"] = np.bincount(taken, minlength=state["arch"]["codes"])
+        plot_usage(usage, out / "codes.png")
+        results["codes"] = {k: v.astype(int).tolist() for k, v in usage.items()}
+        results["codebook_val"] = state["val"]
+    examples(out, files["ood"][:6], answers, last_rolls, list(rows)[-1])
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    (out / "table.md").write_text(table(rows) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    common.run(main)
