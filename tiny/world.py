@@ -270,10 +270,12 @@ def chat(question, answer, system=None):
         {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def paired_messages(scene, rng):
-    """-> messages: one to three plain questions about one image."""
+def paired_messages(scene, rng, often=None):
+    """-> messages: one to three plain questions about one image; half of the dialogues begin with one of kind `often`."""
     messages = []
     kinds = rng.sample(KINDS, rng.choice((1, 2, 3)))
+    if often and rng.random() < 0.5:
+        kinds[0] = often
     for k, kind in enumerate(kinds):
         kind, i, question = random_question(scene, rng, kind)
         messages += chat(("<image>" if k == 0 else "") + question, _cap(plain_body(scene, kind, i)) + ".")
