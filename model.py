@@ -37,7 +37,8 @@ class VLM(nn.Module):
         try:
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
         except (OSError, ValueError, SafetensorError) as e:
-            raise DataError(f"--vlm {name}: not a loadable checkpoint ({str(e).splitlines()[0]})") from None
+            reason = str(e).strip().partition("\n")[0]
+            raise DataError(f"--vlm {name}: not a loadable checkpoint ({reason})") from None
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         self.text = getattr(self.body, "language_model", self.body)
         self.config = self.model.config.get_text_config()
