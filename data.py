@@ -14,6 +14,7 @@ in an order that depends on (seed, epoch) alone, so that a resumed run and any n
 import argparse
 import json
 import random
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -295,3 +296,115 @@ def batches(records, processor, size, seed, start=0, rank=0, world=1, prompt_onl
         if len(picked) == size:
             yield processor.collate(picked, left=prompt_only)
             picked = []
+
+
+# -------------------------------------------------------------------------------------------------------- MMRole
+PROFILE_FIELDS = ("introduction", "personality", "catchphrase", "relationship", "experience")
+
+
+def mmrole_dialogues(folder):
+    """Yield (split 'id' or 'ood', image path, character, profile, turns [(is it the human, text)], id) of every dialogue.
+
+    Reads the raw layout (dialogues/, profiles/, images/) or the preprocessed files conversations-{train,OODtest}-comment.json.
+    Raises DataError where the folder has neither."""
+    folder = Path(folder)
+    raw = [("id", p) for p in sorted((folder / "dialogues/in-distribution/comment").glob("*.json"))]
+    raw += [("ood", p) for p in sorted((folder / "dialogues/out-of-distribution").glob("comment*.json"))]
+    ready = [(s, folder / f"conversations-{f}-comment.json") for s, f in (("id", "train"), ("ood", "OODtest"))]
+    if not raw and not all(p.is_file() for _, p in ready):
+        raise DataError(f"{folder}: not MMRole; it needs dialogues/in-distribution/comment/*.json and profiles/, or "
+                        "conversations-train-comment.json and conversations-OODtest-comment.json")
+    profiles = {p.stem: p for p in sorted((folder / "profiles").glob("*/detailed_profiles/*.json"))}
+    for split, path in raw or ready:
+        try:
+            rows = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise DataError(f"{path}: not JSON ({e})") from None
+        for row in rows:
+            turns = [(t.get("from") or t.get("role"), t.get("value", t.get("content")) or "") for t in row["conversations"]]
+            turns = [(who in ("human", "user"), text.replace("<image>", "").strip(), who) for who, text in turns]
+            if raw:
+                image, who = folder / "images" / row["image"], next((w for human, _, w in turns if not human), None)
+                file = profiles.get((who or "").replace(" ", "_"))
+                profile = json.loads(file.read_text()) if file else None
+            else:
+                image, who = folder / row["image_path"], row["character_role"]
+                profile = row["character_profile"].get(who)
+            yield split, image, who, profile, [(human, text) for human, text, _ in turns], str(row["id"])
+
+
+def short_profile(profile, limit):
+    """The fields that make a voice first, each cut at a word so that all together have at most `limit` bytes of UTF-8."""
+    fields = [(f, " ".join(str(profile.get(f) or "").split())) for f in PROFILE_FIELDS]
+    fields, out = [(f, t) for f, t in fields if t], []
+    for k, (f, text) in enumerate(fields):
+        room = (limit - sum(len(t.encode()) for t in out)) // max(1, min(3, len(fields)) - k) - len(f) - 3
+        if k < 3 and room > 20:
+            cut = text.encode()[:room].decode(errors="ignore")
+            out.append(f"{f.capitalize()}: " + (text if cut == text else cut.rsplit(" ", 1)[0]))
+    return "\n".join(out)
+
+
+def convert_mmrole(folder, out, profile_bytes=400):
+    """MMRole -> paired, text, task_demos, task_prompts, task_id, task_ood (.jsonl) and counts.json under `out`; -> the counts.
+
+    The paper's split: in-distribution dialogues shuffled with seed 42, the first 50% demonstrations, to 90% RL prompts, the rest the
+    in-distribution test; the out-of-distribution file is the other test. paired (image on disk) and text (image elsewhere) are the
+    first 90%, whole dialogues: no test dialogue is in them. A task record is one answer: the character in the system message; the
+    profile, the dialogue so far and the last question, with the image where it is there, in one user message."""
+    out, counts = Path(out), {"refused": Counter()}
+    usable = {"id": [], "ood": []}
+    for split, image, who, profile, turns, name in mmrole_dialogues(folder):
+        answered = [k for k, (human, text) in enumerate(turns) if not human and text]
+        reason = ("no answer" if not answered else "no profile of the character" if not profile else
+                  "does not begin with the human" if not turns[0][0] else
+                  "two turns of one speaker in a row" if any(a[0] == b[0] for a, b in zip(turns, turns[1:])) else None)
+        if reason:
+            counts["refused"][f"{split}: {reason}"] += 1
+            continue
+        images = [str(image.resolve())] if image.is_file() else []
+        usable[split].append((name, images, who, short_profile(profile, profile_bytes), turns[:answered[-1] + 1]))
+    random.Random(42).shuffle(usable["id"])
+    n = len(usable["id"])
+    parts = {"task_demos": usable["id"][:n // 2], "task_prompts": usable["id"][n // 2:n * 9 // 10],
+             "task_id": usable["id"][n * 9 // 10:], "task_ood": usable["ood"]}
+
+    def message(human, text):
+        return {"role": "user" if human else "assistant", "content": text}
+
+    def whole(dialogue):
+        name, images, who, profile, turns = dialogue
+        first = {"role": "user", "content": "<image>" * len(images) + f"{profile}\n{turns[0][1]}"}
+        return {"id": name, "images": images, "character": who,
+                "messages": [{"role": "system", "content": f"Play the role of {who}."}, first] + [message(*t) for t in turns[1:]]}
+
+    def answers(dialogue):
+        name, images, who, profile, turns = dialogue
+        for k, (human, text) in enumerate(turns):
+            if not human:
+                so_far = "\n".join(f"{'User' if h else who}: {t}" for h, t in turns[:k - 1])
+                question = "<image>" * len(images) + "\n".join(filter(None, [profile, so_far, turns[k - 1][1]]))
+                yield {"id": f"{name}-{k}", "images": images, "character": who, "messages": [
+                    {"role": "system", "content": f"Play the role of {who}."}, message(True, question), message(False, text)]}
+
+    out.mkdir(parents=True, exist_ok=True)
+    pretraining = [whole(d) for part in ("task_demos", "task_prompts") for d in parts[part]]
+    files = {"paired": [r for r in pretraining if r["images"]], "text": [r for r in pretraining if not r["images"]]}
+    files |= {name: [r for d in part for r in answers(d)] for name, part in parts.items()}
+    for name, rows in files.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        counts[name] = {"records": len(rows), "with image": sum(bool(r["images"]) for r in rows)}
+    (out / "counts.json").write_text(json.dumps(counts, indent=1))
+    return counts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Convert MMRole (raw or preprocessed) to this project's records.", allow_abbrev=False)
+    parser.add_argument("--mmrole", required=True, help="folder of the data set")
+    parser.add_argument("--out", default="runs/real/data", help="folder to write")
+    parser.add_argument("--profile-bytes", type=int, default=400, help="longest profile in a prompt, bytes of UTF-8 (default: 400)")
+    given = parser.parse_args()
+    try:
+        print(json.dumps(convert_mmrole(given.mmrole, given.out, given.profile_bytes), indent=1))
+    except DataError as error:
+        sys.exit(f"error: {error}")

@@ -22,7 +22,7 @@ import torch
 import common
 from data import DataError, Processor, Records
 from model import VLM, rollout, uniforms
-from rewards import judge_ratio, load_judge, ngram_embed, rollout_diversity
+from rewards import judge_ratio, load_judge, ngram_embed, reference, rollout_diversity
 from stage4_latent_rl import decode, start_policy
 
 matplotlib.use("Agg")
@@ -72,7 +72,7 @@ def respond(vlm, latent, processor, records, cfg, device, group, temperature, sa
 def score(judge, records, texts):
     """-> {'ratio', 'std' over samples, 'dimensions': mean score of the model and of the reference for each}."""
     samples = len(texts[0])
-    references = judge(records, [r["messages"][-1]["content"] for r in records])
+    references = judge(records, [reference(r) for r in records])
     scores = np.stack([judge(records, [t[s] for t in texts]) for s in range(samples)])  # (S, N, dimensions)
     ratios = np.stack([judge_ratio(s, references) for s in scores]).mean(1)
     return {"ratio": float(ratios.mean()), "std": float(ratios.std(ddof=1)) if samples > 1 else 0.0,
@@ -150,7 +150,7 @@ def examples(out, records, answers, rolls, name):
             seen = "; ".join(f"{t['size']} {t['colour']} {t['shape']} {t['place']}" for t in record["facts"]["scene"])
             lines += [f"In the image: {seen}.", ""]
         lines += [f"- **{m['role']}**: {m['content']}" for m in record["messages"][:-1]]
-        lines += [f"- *reference*: {record['messages'][-1]['content']}"]
+        lines += [f"- *reference*: {reference(record)}"]
         lines += [f"- *{row}*: {texts[n][0]}" for row, texts in answers.items()]
         if rolls:
             k = n * rolls[0].group
