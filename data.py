@@ -277,25 +277,30 @@ def index_stream(n, seed, start=0):
         epoch, k = epoch + 1, 0
 
 
-def batches(records, processor, size, seed, start=0, rank=0, world=1, prompt_only=False, refused=None):
+def batches(records, processor, size, seed, start=0, rank=0, world=1, refused=None):
     """Yield Batches of `size` rows for this rank, forever. `start`: rows drawn so far by all ranks together.
 
-    A row that cannot be used is left out and counted in `refused` (a Counter of reasons), never silently."""
-    stream, picked, bad = index_stream(len(records), seed, start), [], 0
-    for n, i in enumerate(stream):
-        if n % world != rank:
-            continue
-        try:
-            picked.append(processor.example(records[int(i)], prompt_only))
-            bad = 0
-        except DataError as e:
-            bad += 1
-            if refused is None or bad > len(records):
-                raise
-            refused[str(e)] += 1
+    A row that cannot be used is replaced by the next one of the file that can, and its reason goes into the set `refused` (without
+    a set it is raised): which row stands in depends on the row alone, so that resume and ranks change nothing."""
+    picked = []
+    for n, i in enumerate(index_stream(len(records), seed, start)):
+        if n % world == rank:
+            picked.append(usable(records, processor, int(i), refused))
         if len(picked) == size:
-            yield processor.collate(picked, left=prompt_only)
+            yield processor.collate(picked)
             picked = []
+
+
+def usable(records, processor, i, refused):
+    """The Example of row i, or of the first row after it that can be used."""
+    for k in range(len(records)):
+        try:
+            return processor.example(records[(i + k) % len(records)])
+        except DataError as e:
+            if refused is None:
+                raise
+            refused.add(str(e))
+    raise DataError(f"{records.path}: no row can be used; the first reason: {min(refused)}")
 
 
 # -------------------------------------------------------------------------------------------------------- MMRole

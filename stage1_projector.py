@@ -14,7 +14,6 @@ there e^VT = e^T. Schedule as in the paper: linear, 10% warm-up.
     torchrun --nproc-per-node 4 stage1_projector.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --batch 4 --max-length 2048 --out runs/3b/stage1
 """
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
@@ -73,7 +72,7 @@ def main(argv=None):
         loss, error, identity, count = projector_loss(projector, vlm, processor, batch)
         return loss * common.share(count), error, identity, count
 
-    objective, refused = common.wrap(projector, loss_fn), Counter()
+    objective, refused = common.wrap(projector, loss_fn), set()
     stream = batches(records, processor, cfg.batch, cfg.seed, start * cfg.batch * ranks, rank, ranks, refused=refused)
     log = common.Log(cfg.out, "stage 1: projector", start, cfg.steps)
     for step in range(start, cfg.steps):
@@ -85,7 +84,7 @@ def main(argv=None):
         optimizer.step(), optimizer.zero_grad(set_to_none=True)
         error, identity, count = common.total(torch.stack([error.float(), identity.float(), count.float()]))
         log(step + 1, ("proj_nll", "mse", "mse_identity"), proj_nll=loss, mse=error / count, mse_identity=identity / count,
-            refused=sum(refused.values()))
+            refused=len(refused))
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             common.save(cfg.out, step + 1, {f"projector.{k}": v for k, v in projector.state_dict().items()},
                         {"stage": "stage1_projector", "finished": step + 1 == cfg.steps, "config": asdict(cfg)}, optimizer)

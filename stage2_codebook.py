@@ -144,7 +144,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed * 1000 + rank + start)  # Gumbel noise: its own on each rank
 
     train = {k: Records(f.path, limit=-cfg.val or None) for k, f in files.items()}
-    refused = {k: Counter() for k in files}
+    refused = {k: set() for k in files}
     drawn = {"paired": start, "text": max(0, start - cfg.steps_a)}
     stream = {k: batches(train[k], processor, cfg.batch, cfg.seed, drawn[k] * cfg.batch * ranks, rank, ranks,
                          refused=refused[k]) for k in files}
@@ -171,10 +171,10 @@ def main(argv=None):
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step(), optimizer.zero_grad(set_to_none=True)
             log(step + 1, ("nll_paired", "nll_text", "codes_paired", "codes_text", "perplexity_text"), loss=loss, **metrics, **usage(used),
-                refused_paired=sum(refused["paired"].values()), refused_text=sum(refused["text"].values()))
+                refused_paired=len(refused["paired"]), refused_text=len(refused["text"]))
             last = step + 1 == steps
             if (step + 1) % cfg.save_every == 0 or step + 1 == end:
-                state = {"stage": "stage2_codebook", "finished": last, "config": asdict(cfg), "arch": arch, "refused": refused}
+                state = {"stage": "stage2_codebook", "finished": last, "config": asdict(cfg), "arch": arch, "refused": sorted(set().union(*refused.values()))}
                 if last:
                     state["val"] = {}
                     for kind, f in files.items():

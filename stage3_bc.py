@@ -17,7 +17,6 @@ encoder pass a batch serves teacher and policy. Only the tokens of responses cou
 """
 
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
@@ -119,7 +118,7 @@ def main(argv=None):
         start, extra = saved[1]["step"], saved[2]
     torch.manual_seed(cfg.seed * 1000 + rank + start)
 
-    log, refused, begin = common.Log(cfg.out, f"stage 3: {'SFT' if is_token else 'policy'}", start, steps), Counter(), 0
+    log, refused, begin = common.Log(cfg.out, f"stage 3: {'SFT' if is_token else 'policy'}", start, steps), set(), 0
     for phase, files, size, length, peak in plan:
         end = begin + length
         if start < end and length:
@@ -147,11 +146,11 @@ def main(argv=None):
                 torch.nn.utils.clip_grad_norm_(params, 1.0)
                 optimizer.step(), optimizer.zero_grad(set_to_none=True)
                 log(step + 1, ("bc_paired", "bc_text", "bc_demos", "agree_paired", "agree_text", "agree_demos", "nll"), loss=loss,
-                    refused=sum(refused.values()), **metrics)
+                    refused=len(refused), **metrics)
                 if (step + 1) % cfg.save_every == 0 or step + 1 == end:
                     tensors = vlm_tensors(vlm) if is_token else common.part_tensors(latent, latent.parts)
                     common.save(cfg.out, step + 1, tensors, {"stage": "stage3_bc", "finished": step + 1 == steps, "config": asdict(cfg),
-                                                             "arch": arch, "refused": refused}, optimizer)
+                                                             "arch": arch, "refused": sorted(refused)}, optimizer)
         begin = end
     log.close()
 
