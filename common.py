@@ -33,7 +33,12 @@ def parse_config(cls, doc, argv=None):
         choices = re.match(r"(\w+(?: \| \w+)+)", text)  # a comment 'grpo | dapo: ...' lists what is allowed
         parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=f"{text} (default: {f.default})",
                             choices=choices[1].split(" | ") if choices else None, metavar=None if choices else kind.__name__.upper())
-    return cls(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        least = 1 if name.startswith(("batch", "group", "codes", "max_", "save_every", "window", "updates")) or name == "steps" else 0
+        if not isinstance(value, str) and not value >= least:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small, it must be at least {least}")
+    return cls(**values)
 
 
 def run(main):
@@ -74,6 +79,7 @@ def total(x):
     """Sum of a number or tensor over all ranks -> tensor."""
     x = torch.as_tensor(x).detach().clone()
     if dist.is_initialized():
+        x = x.cuda() if dist.get_backend() == "nccl" else x
         dist.all_reduce(x)
     return x
 

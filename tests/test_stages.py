@@ -356,6 +356,8 @@ def test_command_line_errors_are_one_clear_line(world, tmp_path):
     assert done.returncode == 2 and "unrecognized arguments: --stpes" in done.stderr and "Traceback" not in done.stderr
     done = shell("stage4_latent_rl.py", "--loss-type", "ppo")
     assert done.returncode == 2 and "invalid choice: 'ppo'" in done.stderr and "Traceback" not in done.stderr
+    done = shell("stage4_latent_rl.py", "--group", "0")
+    assert done.returncode == 2 and "--group: 0 is too small" in done.stderr and "Traceback" not in done.stderr
     done = shell("stage1_projector.py", "--vlm", "tiny/vlm", "--paired", f"{tmp_path}/none.jsonl", "--out", f"{tmp_path}/x")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "none.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
@@ -375,8 +377,16 @@ def test_two_ranks_equal_one(world, runs, tmp_path):
     torchrun(base + ["--batch", "2", "--out", f"{tmp_path}/two"])
     stage1_projector.main(base[1:] + ["--batch", "4", "--out", f"{tmp_path}/one"])
     assert close(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    sft = ["stage3_bc.py", "--vlm", TINY, "--actions", "token", "--demos", str(world / "task_demos.jsonl"), "--steps-adapt", "2", "--lr-adapt", "1e-5"]
+    torchrun(sft + ["--batch-adapt", "2", "--out", f"{tmp_path}/sft_two"])
+    stage3_bc.main(sft[1:] + ["--batch-adapt", "4", "--out", f"{tmp_path}/sft_one"])
+    assert close(weights(tmp_path / "sft_one"), weights(tmp_path / "sft_two"))
+
+
+@pytest.mark.parametrize("actions, init", [("latent", "3"), ("token", "sft")])
+def test_two_ranks_equal_one_in_rl(world, runs, tmp_path, actions, init):
     rl = ["stage4_latent_rl.py", "--vlm", TINY, "--prompts", str(world / "task_prompts.jsonl"), "--steps", "2", "--group", "2", "--max-new", "8",
-          "--init", f"{runs}/3", "--loss-type", "dapo", "--lr", "1e-5"]
+          "--actions", actions, "--init", f"{runs}/{init}", "--loss-type", "dapo", "--lr", "1e-5"]
     torchrun(rl + ["--batch", "2", "--out", f"{tmp_path}/rl_two"])
     stage4_latent_rl.main(rl[1:] + ["--batch", "4", "--out", f"{tmp_path}/rl_one"])
     assert close(weights(tmp_path / "rl_one"), weights(tmp_path / "rl_two"))
