@@ -149,8 +149,8 @@ def latest(out):
     return found[-1].parent if found else None
 
 
-def load(out, flag, stages):
-    """-> (tensors, state) of a FINISHED run of one of `stages`; DataError names what is missing and the cure."""
+def load(out, flag, stages, vlm):
+    """-> (tensors, state) of a FINISHED run of one of `stages` on this VLM; DataError names what is missing and the cure."""
     folder = latest(out)
     if folder is None:
         raise DataError(f"{flag} {out or '(not given)'}: no checkpoint there; run {stages[0]}.py --out {out or 'FOLDER'} first")
@@ -159,6 +159,8 @@ def load(out, flag, stages):
         raise DataError(f"{flag} {out}: is a checkpoint of {state['stage']}, needed is one of {' or '.join(stages)}")
     if not state["finished"]:
         raise DataError(f"{flag} {out}: unfinished ({state['stage']} stopped at step {state['step']}); run it again with the same --out to finish it")
+    if Path(state["config"]["vlm"]).resolve() != Path(vlm).resolve():
+        raise DataError(f"{flag} {out}: was trained with --vlm {state['config']['vlm']}, not {vlm}; give the same one")
     return load_file(folder / "weights.safetensors"), state
 
 

@@ -183,7 +183,7 @@ def main(argv=None):
         else:
             vlm, latent, _ = start_policy(SimpleNamespace(init=run, actions=actions, vlm=cfg.vlm), device)
             if name.startswith("RL"):
-                name = name.replace("RL", common.load(run, "--" + actions, ["stage4_latent_rl"])[1]["config"]["loss_type"].upper())
+                name = name.replace("RL", common.load(run, "--" + actions, ["stage4_latent_rl"], cfg.vlm)[1]["config"]["loss_type"].upper())
         row = {"run": run or cfg.vlm}
         for salt, test in enumerate(("id", "ood")):
             texts, rolls = respond(vlm, latent, processor, files[test], cfg, device, cfg.samples, cfg.temperature, salt)
@@ -204,7 +204,7 @@ def main(argv=None):
     if cfg.codebook:
         if not cfg.bc:
             raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
-        tensors, state = common.load(cfg.codebook, "--codebook", ["stage2_codebook"])
+        tensors, state = common.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
         vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
         latent = common.build_latent(vlm, state["arch"], tensors).to(device)
         usage = {}

@@ -16,8 +16,8 @@ of the number of things and of claims. TRUTH = share of the distinct claims that
     Instruction Adherence    10 answered, 4 other claims or several answers, 1 none; describe: 1 + 9 cover
     Fluency                  1 + 9 * share of token pairs that the world's answers or the role's phrases have; -2 each: no full
                              stop, no capital at a sentence's start; -3 odd characters; -9 * share of repeated 3-grams above 1/4
-    Coherency                10; -3 each greeting not at the start, farewell not at the end, repeated clause; -4 if two
-                             claims about one thing differ; at most 3 without a claim
+    Coherency                10; -3 each greeting not at the start, farewell not at the end, clause said before, word said
+                             before in its clause; -4 if two claims about one thing differ; at most 3 without a claim
     Image-Text Relevance     1 + 9/4 per true attribute of a thing (and true count), at most 10; -2 each false claim
     Response Accuracy        1 without a claim; right answer 6 + 4 truth; else 4 truth; describe: (6 cover + 4) truth
     Personality Consistency  1; +5 the role's greeting at the start; +4 its farewell at the end; -4 any other greeting or farewell
@@ -25,7 +25,7 @@ of the number of things and of claims. TRUTH = share of the distinct claims that
     Tone Consistency         the favourite word once or twice, before a size, colour or shape, 10; absent or alone 4; more
                              often, or another role's word, 2
 
-The last three are at most 4 unless the question is answered and some claim is true: manner without looking does not
+The last three are at most 4 + 6 truth, and at most 4 if the question is not answered: manner without looking does not
 pay, nor does dodging the question with a safe remark. An empty response has 1 everywhere.
 """
 
@@ -142,7 +142,7 @@ def contradictory(found, facts):
 def pairs(text):
     """-> token pairs of a text, its bounds included; words of one kind that take the same article are one token."""
     def kind(t):
-        k = ATTRIBUTE.get(t) or ("word" if t in W.WORDS else None)
+        k = ATTRIBUTE.get(t) or ("word" if t in W.WORDS else "number" if t in W.NUMBERS[2:] else None)
         return f"<{k}{' an' if t[0] in 'aeiou' else ''}>" if k else t
     ts = ["<start>"] + [kind(t) for t in tokens(text)] + ["<end>"]
     return list(zip(ts, ts[1:]))
@@ -170,10 +170,10 @@ def fluency(text, role):
 
 
 def coherency(text, found, facts):
-    text = text.lower()
-    repeats = Counter(c.strip() for c in re.split(r"[.,:;!?]", text) if c.strip())
+    said, text = clauses(text), text.lower()
     faults = sum(m.start() > 0 for m in ANY_GREETING.finditer(text)) \
-        + sum(m.end() < len(text.rstrip(" .!?")) for m in ANY_FAREWELL.finditer(text)) + repeats.total() - len(repeats)
+        + sum(m.end() < len(text.rstrip(" .!?")) for m in ANY_FAREWELL.finditer(text)) \
+        + len(said) - len({tuple(c) for c in said}) + sum(len(c) - len(set(c)) for c in said)
     return min(10 - 3 * faults - 4 * contradictory(found, facts), 10 if found else 3)
 
 
@@ -220,7 +220,7 @@ class RuleJudge:
         return np.array([self.scores(r, text) for r, text in zip(records, responses, strict=True)]).reshape(-1, len(DIMENSIONS))
 
     def scores(self, record, response):
-        facts, text = record.get("facts"), response.strip()
+        facts, text = record.get("facts"), " ".join(response.split())
         if not isinstance(facts, dict) or not {"scene", "kind", "asked", "role"} <= set(facts):
             raise DataError(f"{record.get('where')}: no 'facts' with scene, kind, asked, role, which the rule judge needs; "
                             f"use the tiny world's task files or judge by a sentence-embedding folder")
@@ -234,12 +234,12 @@ class RuleJudge:
             cover = covered(found, scene)
             answered, adherence, accuracy = cover > 0, 1 + 9 * cover, (6 * cover + 4) * truth
         else:
-            given_answers = answers(found, facts)
+            values = answers(found, facts)
             right = W.NUMBERS[len(scene)] if kind == "count" else scene[facts["asked"]][kind]
-            answered = len(given_answers) == 1
+            answered = len(values) == 1
             adherence = 10 if answered else 4 if found else 1
-            accuracy = 4 * truth + 6 * (given_answers == {right})
-        cap = 10 if answered and true else 4
+            accuracy = 4 * truth + 6 * (values == {right})
+        cap = 4 + 6 * truth * answered
         scores = [adherence, fluency(text, role), coherency(text, found, facts),
                   min(10, 1 + 9 / 4 * len(seen)) - 2 * (len(found) - len(true)), accuracy,
                   min(cap, personality(text, role)), min(cap, knowledge(text, role)), min(cap, tone(text, role))]
@@ -264,6 +264,8 @@ class EmbeddingJudge:
                                                     weights_only=True, dtype=torch.float32, output_loading_info=True)
         except Exception as e:  # whatever a broken folder makes the libraries raise
             raise DataError(f"{folder}: does not load as a sentence-embedding model ({str(e).split(chr(10))[0][:200]}); {cure}") from e
+        if self.tokenizer("red")["input_ids"] == self.tokenizer("blue")["input_ids"]:  # transformers makes an empty one up
+            raise DataError(f"{folder}: has no tokenizer, or one that knows no words; {cure}")
         missing = [k for k in info["missing_keys"] if "pooler" not in k]
         if missing:  # they would be random numbers
             raise DataError(f"{folder}: its weights lack {len(missing)} tensors of the model, {sorted(missing)[0]} among them; {cure}")

@@ -129,7 +129,7 @@ def validate(latent, vlm, batch_list):
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
     device, rank, ranks = common.setup(cfg.seed)
-    projector, before = common.load(cfg.projector, "--projector", ["stage1_projector"])
+    projector, before = common.load(cfg.projector, "--projector", ["stage1_projector"], cfg.vlm)
     processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
     files = {"paired": Records(cfg.paired), "text": Records(cfg.text)}
     vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))

@@ -100,7 +100,7 @@ def main(argv=None):
     device, rank, ranks = common.setup(cfg.seed)
     is_token = cfg.actions == "token"
     if not is_token:
-        tensors, before = common.load(cfg.init, "--init", ["stage2_codebook"])
+        tensors, before = common.load(cfg.init, "--init", ["stage2_codebook"], cfg.vlm)
     processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
     demos = Records(cfg.demos)
     plan = [("adapt", {"demos": demos}, cfg.batch_adapt, cfg.steps_adapt, cfg.lr_adapt)]

@@ -188,7 +188,7 @@ def decode(tokenizer, roll, eos):
 
 def start_policy(cfg, device):
     """-> (vlm, latent or None, arch) of a finished stage 3, or of a stage 4 (evaluation)."""
-    tensors, before = common.load(cfg.init, "--init", ["stage3_bc", "stage4_latent_rl"])
+    tensors, before = common.load(cfg.init, "--init", ["stage3_bc", "stage4_latent_rl"], cfg.vlm)
     if before["config"]["actions"] != cfg.actions:
         raise DataError(f"--init {cfg.init}: was trained with --actions {before['config']['actions']}, not {cfg.actions}")
     if cfg.actions == "token":

@@ -324,6 +324,8 @@ def test_unfinished_missing_and_wrong_runs_are_refused_by_name(runs, world, tmp_
         stage3_bc.main(argv + ["--init", f"{runs}/1", "--out", f"{tmp_path}/x"])
     with pytest.raises(DataError, match="--actions token, not latent"):
         stage4_latent_rl.main(["--vlm", TINY, "--prompts", str(world / "task_prompts.jsonl"), "--init", f"{runs}/sft", "--out", f"{tmp_path}/x"])
+    with pytest.raises(DataError, match="was trained with --vlm"):
+        stage2_codebook.main(["--vlm", "another", "--projector", f"{runs}/1", "--out", f"{tmp_path}/x"])
     with pytest.raises(DataError, match="--batch"):
         stage1_projector.main(["--vlm", TINY, "--paired", f["paired"], "--steps", "2", "--batch", "5", "--out", f"{runs}/1"])
     real = common.save
