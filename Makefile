@@ -7,7 +7,7 @@ PY := .venv/bin/python
 D := runs/demo
 R := runs/real
 SEED ?= 0
-RL_STEPS ?= 100
+RL_STEPS ?= 150
 REAL_STEPS ?= 40
 
 .PHONY: demo real test setup
