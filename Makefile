@@ -8,7 +8,9 @@ D := runs/demo
 R := runs/real
 SEED ?= 0
 RL_STEPS ?= 150
-REAL_STEPS ?= 40
+
+# small matrices: a second thread gains little
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo real test setup
 setup: .venv/ready
@@ -26,13 +28,17 @@ test: .venv/ready
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world
 
+# One core for each side: the latent stages in front, the baseline behind them (its bars go to $D/token.log).
 demo: .venv/ready runs/world/world.json
-	$(PY) stage1_projector.py --seed $(SEED) --out $D/stage1
-	$(PY) stage2_codebook.py --seed $(SEED) --projector $D/stage1 --out $D/stage2
-	$(PY) stage3_bc.py --seed $(SEED) --init $D/stage2 --out $D/stage3
-	$(PY) stage3_bc.py --seed $(SEED) --actions token --out $D/sft
-	$(PY) stage4_latent_rl.py --seed $(SEED) --steps $(RL_STEPS) --init $D/stage3 --out $D/rl_latent
-	$(PY) stage4_latent_rl.py --seed $(SEED) --steps $(RL_STEPS) --actions token --init $D/sft --out $D/rl_token
+	@mkdir -p $D; ( \
+	$(PY) stage3_bc.py --seed $(SEED) --actions token --out $D/sft && \
+	$(PY) stage4_latent_rl.py --seed $(SEED) --steps $(RL_STEPS) --actions token --init $D/sft --out $D/rl_token \
+	) > $D/token.log 2>&1 & TOKEN=$$!; \
+	$(PY) stage1_projector.py --seed $(SEED) --out $D/stage1 && \
+	$(PY) stage2_codebook.py --seed $(SEED) --projector $D/stage1 --out $D/stage2 && \
+	$(PY) stage3_bc.py --seed $(SEED) --init $D/stage2 --out $D/stage3 && \
+	$(PY) stage4_latent_rl.py --seed $(SEED) --steps $(RL_STEPS) --init $D/stage3 --out $D/rl_latent || { kill $$TOKEN; exit 1; }; \
+	wait $$TOKEN || { tail -n 3 $D/token.log; exit 1; }
 	$(PY) evaluate.py --sft $D/sft --bc $D/stage3 --token $D/rl_token --latent $D/rl_latent --codebook $D/stage2 --out $D
 
 # Short runs on long sequences: what counts is that real records, text and pictures go through every stage.
