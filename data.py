@@ -14,7 +14,6 @@ in an order that depends on (seed, epoch) alone, so that a resumed run and any n
 import argparse
 import json
 import random
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,15 +34,21 @@ def normalise(row, where):
     if not isinstance(row, dict):
         raise DataError(f"{where}: a record must be a JSON object, this is a {type(row).__name__}")
     record = {k: v for k, v in row.items() if k not in ("image", "conversations")}
-    if "messages" not in row and "conversations" in row:
-        names = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-        turns = [(t.get("from") or t.get("role"), t.get("value", t.get("content"))) for t in row["conversations"]]
-        record["messages"] = [{"role": names.get(who, who), "content": text} for who, text in turns]
-    record["images"] = row.get("images") or ([row["image"]] if row.get("image") else [])
+    if "messages" not in row and isinstance(row.get("conversations"), list):
+        names = {"human": "user", "gpt": "assistant"}
+        turns = [(t.get("from") or t.get("role"), t.get("value", t.get("content"))) if isinstance(t, dict) else ("?", t)
+                 for t in row["conversations"]]
+        record["messages"] = [{"role": names.get(str(who), str(who)), "content": text} for who, text in turns]
+    images = row.get("images") or row.get("image") or []
+    record["images"] = images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(p, str) for p in images):
+        raise DataError(f"{where}: 'images' must be a list of paths, this is {str(images)[:80]}")
     if isinstance(record.get("text"), str) and record["text"].strip() and "messages" not in record:
+        if images:
+            raise DataError(f"{where}: a 'text' row cannot have an image; write it as 'messages'")
         return record
     messages = record.get("messages")
-    if not messages:
+    if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: no messages; a record needs 'messages', 'conversations' or 'text'")
     for m in messages:
         if not isinstance(m, dict) or m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
@@ -72,7 +77,7 @@ class Records:
             if self.path.suffix == ".json":
                 try:
                     self.rows = json.load(f)
-                except json.JSONDecodeError as e:
+                except ValueError as e:  # bad JSON or bad UTF-8
                     raise DataError(f"{path}: not JSON ({e}); JSON Lines files must end in .jsonl") from None
                 if not isinstance(self.rows, list):
                     raise DataError(f"{path}: must hold a JSON array of records")
@@ -97,8 +102,8 @@ class Records:
                 f.seek(self.offsets[i])
                 try:
                     row = json.loads(f.readline())
-                except json.JSONDecodeError as e:
-                    raise DataError(f"{where}: not JSON ({e.msg})") from None
+                except ValueError as e:  # bad JSON or bad UTF-8
+                    raise DataError(f"{where}: not JSON ({e})") from None
         else:
             row = self.rows[i]
         record = normalise(row, where)
@@ -184,8 +189,8 @@ class Processor:
         ids, response = np.array(ids[:self.max_length]), np.array(response[:self.max_length], dtype=bool)
         if (ids == self.image_id).sum() * merge != (0 if grids is None else grids.prod(-1).sum()):
             raise DataError(f"{where}: {self.max_length} tokens are too few for its images; raise --max-length or lower --max-pixels")
-        if not prompt_only and self.loss_on == "all":
-            response = ~np.isin(ids, list(self.vision_ids))
+        if not prompt_only:  # an image is never learnt, not even inside an answer
+            response = (response | (self.loss_on == "all")) & ~np.isin(ids, list(self.vision_ids))
         if not prompt_only and not response[1:].any():
             raise DataError(f"{where}: no answer to learn within {self.max_length} tokens; raise --max-length or drop the record")
         return Example(ids, response, pixels, grids, record)
@@ -195,9 +200,9 @@ class Processor:
             return None, None
         try:
             images = [Image.open(p).convert("RGB") for p in paths]
-        except OSError as e:
+            out = self.images(images=images, return_tensors="pt")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # all that PIL and the processor raise
             raise DataError(f"{where}: an image does not open ({e}); fix the path or drop the record") from None
-        out = self.images(images=images, return_tensors="pt")
         return out["pixel_values"], out["image_grid_thw"]
 
     def _pieces(self, record, prompt_only, where):
@@ -307,35 +312,64 @@ def usable(records, processor, i, refused):
 PROFILE_FIELDS = ("introduction", "personality", "catchphrase", "relationship", "experience")
 
 
-def mmrole_dialogues(folder):
-    """Yield (split 'id' or 'ood', image path, character, profile, turns [(is it the human, text)], id) of every dialogue.
+def mmrole_rows(folder):
+    """-> ([(split 'id' or 'ood', row)] of every dialogue, {file name: profile}, empty where the rows have theirs).
 
     Reads the raw layout (dialogues/, profiles/, images/) or the preprocessed files conversations-{train,OODtest}-comment.json.
-    Raises DataError where the folder has neither."""
-    folder = Path(folder)
+    Raises DataError where the folder has neither or a file cannot be read."""
+    def load(path, kind):
+        try:
+            value = json.loads(path.read_bytes())
+        except ValueError as e:
+            raise DataError(f"{path}: not JSON ({e})") from None
+        if not isinstance(value, kind):
+            raise DataError(f"{path}: must hold a JSON {'array of dialogues' if kind is list else 'object'}")
+        return value
+
     raw = [("id", p) for p in sorted((folder / "dialogues/in-distribution/comment").glob("*.json"))]
     raw += [("ood", p) for p in sorted((folder / "dialogues/out-of-distribution").glob("comment*.json"))]
     ready = [(s, folder / f"conversations-{f}-comment.json") for s, f in (("id", "train"), ("ood", "OODtest"))]
+    raw = raw if {s for s, _ in raw} == {"id", "ood"} else []
     if not raw and not all(p.is_file() for _, p in ready):
-        raise DataError(f"{folder}: not MMRole; it needs dialogues/in-distribution/comment/*.json and profiles/, or "
-                        "conversations-train-comment.json and conversations-OODtest-comment.json")
-    profiles = {p.stem: p for p in sorted((folder / "profiles").glob("*/detailed_profiles/*.json"))}
-    for split, path in raw or ready:
-        try:
-            rows = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise DataError(f"{path}: not JSON ({e})") from None
-        for row in rows:
-            turns = [(t.get("from") or t.get("role"), t.get("value", t.get("content")) or "") for t in row["conversations"]]
-            turns = [(who in ("human", "user"), text.replace("<image>", "").strip(), who) for who, text in turns]
-            if raw:
-                image, who = folder / "images" / row["image"], next((w for human, _, w in turns if not human), None)
-                file = profiles.get((who or "").replace(" ", "_"))
-                profile = json.loads(file.read_text()) if file else None
-            else:
-                image, who = folder / row["image_path"], row["character_role"]
-                profile = row["character_profile"].get(who)
-            yield split, image, who, profile, [(human, text) for human, text, _ in turns], str(row["id"])
+        raise DataError(f"{folder}: not MMRole; it needs dialogues/in-distribution/comment/*.json, dialogues/out-of-distribution/"
+                        "comment.json and profiles/, or conversations-train-comment.json and conversations-OODtest-comment.json")
+    profiles = {p.stem: load(p, dict) for p in sorted(folder.glob("profiles/*/detailed_profiles/*.json"))} if raw else {}
+    return [(split, row) for split, path in raw or ready for row in load(path, list)], profiles
+
+
+def mmrole_dialogue(row, folder, profiles):
+    """A row of either layout -> (id, [its image, if it is on disk], character, profile, turns [(is it the human, text)]).
+
+    A speaker is under 'from' or 'role': human, user, assistant or the character's name. DataError says why it is refused."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
+        raise DataError("not a dialogue")
+    said = [(t.get("from") or t.get("role"), t.get("value", t.get("content")) or "") for t in turns]
+    if not all(isinstance(x, str) and x for x, _ in said) or not all(isinstance(text, str) for _, text in said):
+        raise DataError("unknown speaker or no text")
+    said = [(who, text.replace("<image>", "").strip()) for who, text in said]
+    turns = [(who in ("human", "user"), text) for who, text in said]
+    answered = [k for k, (human, text) in enumerate(turns) if not human and text]
+    if not answered:
+        raise DataError("no answer")
+    turns = turns[:answered[-1] + 1]
+    if not all(text for _, text in turns):
+        raise DataError("empty turn")
+    if not turns[0][0]:
+        raise DataError("does not begin with the human")
+    if any(a[0] == b[0] for a, b in zip(turns, turns[1:])):
+        raise DataError("two turns of one speaker in a row")
+    names = {who for who, _ in said} - {"human", "user", "assistant"}
+    character = row.get("character_role") or next(iter(names), None)
+    if not isinstance(character, str) or names - {character}:
+        raise DataError("unknown speaker or no text")
+    profile = row.get("character_profile") or {}
+    profile = (profile.get(character) if isinstance(profile, dict) else None) or profiles.get(character.replace(" ", "_"))
+    if not isinstance(profile, dict) or not short_profile(profile, 400):
+        raise DataError("no profile of the character")
+    image = str(row.get("image") or row.get("image_path") or "")
+    images = [str(p.resolve()) for p in (folder / "images" / image, folder / image) if p.is_file()][:1]
+    return str(row.get("id")), images, character, profile, turns
 
 
 def short_profile(profile, limit):
@@ -343,10 +377,12 @@ def short_profile(profile, limit):
     fields = [(f, " ".join(str(profile.get(f) or "").split())) for f in PROFILE_FIELDS]
     fields, out = [(f, t) for f, t in fields if t], []
     for k, (f, text) in enumerate(fields):
-        room = (limit - sum(len(t.encode()) for t in out)) // max(1, min(3, len(fields)) - k) - len(f) - 3
+        room = (limit - sum(len(t.encode()) + 1 for t in out)) // max(1, min(3, len(fields)) - k) - len(f) - 3
         if k < 3 and room > 20:
             cut = text.encode()[:room].decode(errors="ignore")
-            out.append(f"{f.capitalize()}: " + (text if cut == text else cut.rsplit(" ", 1)[0]))
+            if cut != text and text[len(cut)] != " " and max(cut[-1:], text[len(cut)]) < "\u2e80":  # Chinese has no spaces
+                cut = cut.rsplit(" ", 1)[0]
+            out.append(f"{f.capitalize()}: {cut}")
     return "\n".join(out)
 
 
@@ -359,16 +395,22 @@ def convert_mmrole(folder, out, profile_bytes=400):
     profile, the dialogue so far and the last question, with the image where it is there, in one user message."""
     out, counts = Path(out), {"refused": Counter()}
     usable = {"id": [], "ood": []}
-    for split, image, who, profile, turns, name in mmrole_dialogues(folder):
-        answered = [k for k, (human, text) in enumerate(turns) if not human and text]
-        reason = ("no answer" if not answered else "no profile of the character" if not profile else
-                  "does not begin with the human" if not turns[0][0] else
-                  "two turns of one speaker in a row" if any(a[0] == b[0] for a, b in zip(turns, turns[1:])) else None)
-        if reason:
-            counts["refused"][f"{split}: {reason}"] += 1
+    rows, profiles = mmrole_rows(Path(folder))
+    seen = set()
+    for split, row in rows:
+        try:
+            name, images, who, profile, turns = mmrole_dialogue(row, Path(folder), profiles)
+            key = (who, str(row.get("image") or row.get("image_path")), *turns)
+            if key in seen:  # else one of the two may be in a test
+                raise DataError("the same dialogue twice")
+        except DataError as e:
+            counts["refused"][f"{split}: {e}"] += 1
             continue
-        images = [str(image.resolve())] if image.is_file() else []
-        usable[split].append((name, images, who, short_profile(profile, profile_bytes), turns[:answered[-1] + 1]))
+        seen.add(key)
+        usable[split].append((name, images, who, short_profile(profile, profile_bytes), turns))
+    if not usable["id"] or not usable["ood"]:
+        raise DataError(f"{folder}: no usable dialogue in the {'out-of' if usable['id'] else 'in'}-distribution part; "
+                        f"refused: {dict(counts['refused'])}")
     random.Random(42).shuffle(usable["id"])
     n = len(usable["id"])
     parts = {"task_demos": usable["id"][:n // 2], "task_prompts": usable["id"][n // 2:n * 9 // 10],
@@ -397,7 +439,7 @@ def convert_mmrole(folder, out, profile_bytes=400):
     files = {"paired": [r for r in pretraining if r["images"]], "text": [r for r in pretraining if not r["images"]]}
     files |= {name: [r for d in part for r in answers(d)] for name, part in parts.items()}
     for name, rows in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
         counts[name] = {"records": len(rows), "with image": sum(bool(r["images"]) for r in rows)}
     (out / "counts.json").write_text(json.dumps(counts, indent=1))
     return counts
@@ -411,5 +453,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     try:
         print(json.dumps(convert_mmrole(given.mmrole, given.out, given.profile_bytes), indent=1))
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    except (DataError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")

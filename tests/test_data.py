@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, Processor, Records, batches, convert_mmrole, index_stream
+from data import DataError, Processor, Records, batches, convert_mmrole, index_stream, short_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,6 +25,7 @@ def processor():
 def folder(tmp_path):
     Image.new("RGB", (84, 56), "red").save(tmp_path / "a.png")
     Image.new("RGB", (56, 56), "blue").save(tmp_path / "b.png")
+    Image.new("RGB", (1500, 5), "red").save(tmp_path / "wide.png")  # the processor takes no side 200 times the other
     return tmp_path
 
 
@@ -62,6 +65,19 @@ def test_loss_on_all_leaves_out_the_vision_tokens_alone(folder):
     everything = Processor(str(ROOT / "tiny" / "vlm"), loss_on="all")
     e = everything.example(Records(write(folder, {"images": ["a.png"], "messages": say("<image>What?", "It.")}))[0])
     assert (~e.response).sum() == 6 + 2  # six image tokens, vision start and end
+
+
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_an_image_inside_an_answer_is_not_learnt(folder, loss_on):
+    p = Processor(str(ROOT / "tiny" / "vlm"), loss_on=loss_on)
+    e = p.example(Records(write(folder, {"images": ["a.png"], "messages": say("Draw.", "Here <image> it is.")}))[0])
+    assert (e.ids == p.image_id).sum() == 6 and not np.isin(e.ids[e.response], sorted(p.vision_ids)).any()
+    assert p.tokenizer.decode(e.ids[e.response]).endswith("Here  it is.<|im_end|>")
+
+
+def test_a_list_of_images_may_be_one_path(folder):
+    for row in ({"images": "a.png"}, {"image": ["a.png"]}):
+        assert Records(write(folder, row | {"messages": say("<image>?", "Red.")}))[0]["images"] == [str(folder / "a.png")]
 
 
 def test_other_forms_of_records(processor, folder):
@@ -114,6 +130,11 @@ def test_text_view_leaves_the_image_out_and_lines_up(processor, folder):
     ({"images": ["a.png"], "messages": say("<image><image>", "x")}, "row 2: 2 <image> marks but 1 images"),
     ({"images": ["none.png"], "messages": say("<image>?", "x")}, "row 2: an image does not open"),
     ({"images": ["r.jsonl"], "messages": say("<image>?", "x")}, "row 2: an image does not open"),
+    ({"images": ["wide.png"], "messages": say("<image>?", "x")}, "row 2: an image does not open"),
+    ({"images": [None], "messages": say("<image>?", "x")}, "row 2: 'images' must be a list of paths"),
+    ({"images": ["a.png"], "text": "a caption"}, "row 2: a 'text' row cannot have an image"),
+    ({"messages": 5}, "row 2: no messages"),
+    ({"conversations": ["hi", "there"]}, "row 2: a message needs role"),
     ({"messages": say("<|image_pad|>", "x")}, "row 2: the text holds a control token"),
     ({"messages": say("no answer")}, "row 2: no assistant message"),
     ({"messages": say("word " * 500, "x")}, "row 2: no answer to learn within 400 tokens"),
@@ -133,6 +154,12 @@ def test_files_that_cannot_be_read(folder):
     (folder / "x.json").write_text("{")
     with pytest.raises(DataError, match="x.json: not JSON"):
         Records(folder / "x.json")
+
+
+def test_a_row_that_is_not_utf8_is_named(folder):
+    (folder / "l.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')  # Latin-1
+    with pytest.raises(DataError, match="l.jsonl, row 1: not JSON"):
+        Records(folder / "l.jsonl")[0]
 
 
 def test_a_prompt_longer_than_the_limit_is_named(processor, folder):
@@ -225,6 +252,57 @@ def test_mmrole(layout, tmp_path, processor):
     second = next(r for r in map(files["task_demos"].__getitem__, range(20)) if r["messages"][-1]["content"].startswith("Second"))
     k = second["messages"][-1]["content"].split()[-1]
     assert f"First {k}" in second["messages"][1]["content"] and second["messages"][1]["content"].endswith("And then?")
+
+
+def refusals(tmp_path, *rows):
+    """The reasons for which the converter refuses in-distribution rows that stand beside the twenty good ones."""
+    ready_mmrole(tmp_path)
+    path = tmp_path / "conversations-train-comment.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:20] + list(rows)))
+    counts = convert_mmrole(tmp_path, tmp_path / "out")
+    assert counts["paired"]["records"] + counts["text"]["records"] == 18
+    return counts["refused"]
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"conversations": None}, "not a dialogue"),
+    ({"conversations": say("", "x")}, "empty turn"),
+    ({"conversations": [{"role": "user", "content": "x"}, {"role": "Cid", "content": "x"}]}, "unknown speaker or no text"),
+    ({"conversations": [{"role": "user", "content": "x"}, {"content": "x"}]}, "unknown speaker or no text"),
+    ({"conversations": say("a", "b")[::-1]}, "does not begin with the human"),
+    ({"conversations": say("a", "b") + say("c", "d")[1:]}, "two turns of one speaker in a row"),
+    ({"character_profile": {}}, "no profile of the character"),
+    ({"id": "again"}, "the same dialogue twice"),
+])
+def test_each_dialogue_is_used_or_refused_with_a_reason(tmp_path, change, reason):
+    ready_mmrole(tmp_path)
+    row = json.loads((tmp_path / "conversations-train-comment.json").read_text())[3]
+    assert refusals(tmp_path, row | change) == {f"id: {reason}": 1}
+
+
+def test_a_profile_is_cut_at_a_word_and_within_the_limit():
+    text = short_profile({"introduction": "several " * 99, "personality": "words " * 99, "catchphrase": "Onwards!"}, 200)
+    lines = [line.split(": ") for line in text.splitlines()]
+    assert [name for name, _ in lines] == ["Introduction", "Personality", "Catchphrase"] and len(text) <= 200
+    assert set(lines[0][1].split()) == {"several"} and set(lines[1][1].split()) == {"words"} and lines[2][1] == "Onwards!"
+    full = {f: "x " * 500 for f in ("introduction", "personality", "catchphrase")}
+    assert all(len(short_profile(full, n)) <= n for n in range(150, 300))  # line breaks count as well
+    # Chinese has no spaces: 'Introduction: ' is 14 bytes and a character 3, so 100 - 15 bytes hold 28 and the early space
+    text = short_profile({"introduction": "甲 " + "乙" * 500, "personality": "a", "catchphrase": "b"}, 300)
+    assert text.splitlines()[0] == "Introduction: 甲 " + "乙" * 27 and len(text.encode()) <= 300
+
+
+def test_the_raw_layout_needs_both_distributions(tmp_path):
+    raw_mmrole(tmp_path)
+    (tmp_path / "dialogues/out-of-distribution/comment.json").unlink()
+    with pytest.raises(DataError, match="not MMRole; it needs dialogues/"):
+        convert_mmrole(tmp_path, tmp_path / "out")
+
+
+def test_the_command_ends_with_one_line_and_status_2(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "data.py", "--mmrole", tmp_path / "none", "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {tmp_path / 'none'}: not MMRole")
 
 
 def test_not_mmrole(tmp_path):

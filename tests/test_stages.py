@@ -361,7 +361,7 @@ def test_command_line_errors_are_one_clear_line(world, tmp_path):
     done = shell("stage4_latent_rl.py", "--group", "0")
     assert done.returncode == 2 and "--group: 0 is too small" in done.stderr and "Traceback" not in done.stderr
     done = shell("stage1_projector.py", "--vlm", "tiny/vlm", "--paired", f"{tmp_path}/none.jsonl", "--out", f"{tmp_path}/x")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "none.jsonl" in done.stderr
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "none.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
 
 
