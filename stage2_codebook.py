@@ -47,7 +47,7 @@ class Config:
     entropy_bonus: float = 1e-3              # weight of the inverse model's mean entropy
     projector_weight: float = 1e-5           # weight of L_t2vt, L_vt2t and L_cycle, which are sums over D
     loss_on: str = "response"                # response | all: which tokens are explained
-    window: int = 50                         # steps over which code usage is counted
+    window: int = 80                         # steps over which code usage is counted; 80 of 12 are an epoch of the paired data
     max_length: int = 512                    # tokens a dialogue, image included (paper: 2048)
     max_pixels: int = 117600                 # images are scaled down to this many pixels (paper: 280 * 420)
     val: int = 48                            # last rows of each file, kept for the losses at the end
