@@ -75,7 +75,7 @@ def score(judge, records, texts):
     references = judge(records, [reference(r) for r in records])
     scores = np.stack([judge(records, [t[s] for t in texts]) for s in range(samples)])  # (S, N, dimensions)
     ratios = np.stack([judge_ratio(s, references) for s in scores]).mean(1)
-    return {"ratio": float(ratios.mean()), "std": float(ratios.std(ddof=1)) if samples > 1 else 0.0,
+    return {"ratio": float(ratios.mean()), "std": float(ratios.std(ddof=1)) if samples > 1 else None,
             "dimensions": {d: [float(scores[..., k].mean()), float(references[:, k].mean())] for k, d in enumerate(judge.dimensions)}}
 
 
@@ -90,7 +90,8 @@ def training(run):
 def table(rows):
     lines = ["| row | ID | OOD | diversity | reward, start | reward, end | rollout, s | update, s |", "|---|---|---|---|---|---|---|---|"]
     for name, r in rows.items():
-        cells = [f"{r[t]['ratio']:.3f} ± {r[t]['std']:.3f}" for t in ("id", "ood")] + [f"{r['diversity']:.3f}"]
+        cells = [f"{r[t]['ratio']:.3f}" + (f" ± {r[t]['std']:.3f}" if r[t]["std"] is not None else "") for t in ("id", "ood")]
+        cells += [f"{r['diversity']:.3f}"]
         cells += [f"{r[k]:.3f}" if k in r else "" for k in ("reward_start", "reward_end", "s_rollout", "s_update")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
