@@ -67,6 +67,13 @@ def setup(seed):
     return device, rank, ranks
 
 
+def seed_noise(seed, rank, start, extra):
+    """Gumbel noise: its own on each rank. A resumed run goes on with rank 0's saved CPU generator (other ranks: a fresh seed)."""
+    torch.manual_seed(seed * 1000 + rank + start)
+    if extra and rank == 0:
+        torch.set_rng_state(extra["rng"])
+
+
 def vlm_dtype(device):
     """bfloat16 for the frozen VLM on CUDA; float32 on CPU. What trains keeps float32 master weights."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -141,7 +141,7 @@ def main(argv=None):
     if saved := common.resume(cfg.out, "stage2_codebook", asdict(cfg)):
         latent.load_state_dict(saved[0], strict=False)
         start, extra = saved[1]["step"], saved[2]
-    torch.manual_seed(cfg.seed * 1000 + rank + start)  # Gumbel noise: its own on each rank
+    common.seed_noise(cfg.seed, rank, start, extra)
 
     train = {k: Records(f.path, limit=-cfg.val or None) for k, f in files.items()}
     refused = {k: set() for k in files}

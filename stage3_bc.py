@@ -116,7 +116,7 @@ def main(argv=None):
     if saved := common.resume(cfg.out, "stage3_bc", asdict(cfg)):
         (vlm.model if is_token else latent).load_state_dict(saved[0], strict=False)
         start, extra = saved[1]["step"], saved[2]
-    torch.manual_seed(cfg.seed * 1000 + rank + start)
+    common.seed_noise(cfg.seed, rank, start, extra)
 
     log, refused, begin = common.Log(cfg.out, f"stage 3: {'SFT' if is_token else 'policy'}", start, steps), set(), 0
     for phase, files, size, length, peak in plan:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 import model
 from data import DataError, Example, Processor
-from model import (VLM, Gaussian, KVCache, LatentModel, Projector, Stack, action_logits, entropy, gaussian_nll, log_probs,
+from model import (VLM, Gaussian, KVCache, LatentModel, Projector, action_logits, entropy, gaussian_nll, log_probs,
                    next_token_loss, rollout, sample, straight_through_gumbel, token_logits, uniforms)
 from tiny.world import chat, draw_scene, random_question, random_scene
 

@@ -267,7 +267,7 @@ def runs(world, tmp_path_factory):
     return out
 
 
-def test_all_stages_and_the_evaluation_run(runs, world, tmp_path, capsys):
+def test_all_stages_and_the_evaluation_run(runs, world, tmp_path):
     import evaluate
     for name, steps in (("1", 2), ("2", 4), ("3", 4), ("sft", 2), ("4", 2), ("4t", 2)):
         state = json.loads((common.latest(runs / name) / "state.json").read_text())
@@ -307,6 +307,13 @@ def test_a_run_cut_off_ends_as_if_it_had_not_been(world, runs, tmp_path, monkeyp
     cut_off(monkeypatch, stage1_projector.main, base + ["--out", f"{tmp_path}/cut"], 2)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    book = ["--vlm", TINY, "--paired", files(world)["paired"], "--text", files(world)["text"], "--projector", f"{runs}/1", "--steps-a", "2", "--steps-b", "3",
+            "--codes", "16", "--inverse-blocks", "1", "--policy-blocks", "1", "--batch", "3", "--val", "4", "--save-every", "1"]
+    stage2_codebook.main(book + ["--out", f"{tmp_path}/book"])
+    for after in (1, 2, 4):  # in phase a, between the phases, in phase b
+        cut_off(monkeypatch, stage2_codebook.main, book + ["--out", f"{tmp_path}/book_{after}"], after)
+        whole, cut = weights(tmp_path / "book"), weights(tmp_path / f"book_{after}")
+        assert all(torch.equal(whole[k], cut[k]) for k in whole), after
     rl = ["--vlm", TINY, "--prompts", str(world / "task_prompts.jsonl"), "--steps", "3", "--batch", "2", "--group", "2", "--max-new", "8", "--save-every", "1",
           "--init", f"{runs}/3"]
     stage4_latent_rl.main(rl + ["--out", f"{tmp_path}/rl"])
