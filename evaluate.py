@@ -76,7 +76,7 @@ def score(judge, records, texts):
     scores = np.stack([judge(records, [t[s] for t in texts]) for s in range(samples)])  # (S, N, dimensions)
     ratios = np.stack([judge_ratio(s, references) for s in scores]).mean(1)
     return {"ratio": float(ratios.mean()), "std": float(ratios.std(ddof=1)) if samples > 1 else None,
-            "dimensions": {d: [float(scores[..., k].mean()), float(references[:, k].mean())] for k, d in enumerate(judge.dimensions)}}
+            "dimensions": {d: [float(scores[..., k].mean()), float(references[:, k].mean())] for k, d in enumerate(judge.dimensions_of(records))}}
 
 
 def training(run):

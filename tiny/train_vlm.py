@@ -1,10 +1,12 @@
 """Train the embedded default: a real Qwen2.5-VL checkpoint, small enough to ship, that sees and speaks the tiny world.
 
-It plays the part of Qwen2.5-VL-3B: pretrained in general form on plain image dialogues and on rich text, never on the
-downstream task (a role together with an image). Next-token loss on the assistant's words (on stories: on all words).
+It plays the part of Qwen2.5-VL-3B: pretrained in general form on image dialogues (world.general_messages: half plain, half
+with a role or a user's situation) and on rich text, never on a downstream task's demonstrations, held-out phrases, held-out
+persons or test scenes. Next-token loss on the assistant's words (on stories: on all words).
 
     python tiny/train_vlm.py --out tiny/vlm --steps 5000         # resumes from <out>.train if it was cut off
     python tiny/train_vlm.py --out tiny/vlm --evaluate           # accuracy on unseen scenes, by kind of question
+    python tiny/train_vlm.py --init tiny/vlm --out runs/vlm --steps 2500 --lr 1e-3      # go on from a checkpoint
 """
 
 import argparse
@@ -12,8 +14,10 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,6 +27,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Q
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Processor  # noqa: E402
+from rewards import RuleJudge, claims, is_true  # noqa: E402
 from tiny import world as W  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -95,7 +100,7 @@ class Pool:
     def batch(self, processor, size, rng):
         examples = []
         for n in rng.sample(range(len(self.scenes)), size):
-            messages = W.paired_messages(self.scenes[n], rng, often="place")  # the last kind to be learnt
+            messages = W.general_messages(self.scenes[n], rng)
             examples.append(processor.example({"id": n, "images": [], "messages": messages}, pixels=(self.pixels[n].float(), self.grid)))
         return processor.collate(examples)
 
@@ -109,28 +114,63 @@ def loss_of(model, batch, image_id):
 
 
 @torch.no_grad()
-def evaluate(model, processor, count=300, seed=1):
-    """Greedy answers about unseen scenes -> {kind: share exactly right}. 'role' kinds: text-only, all facts told in words."""
-    rng = random.Random(f"evaluate {seed}")
-    scenes = (s for s in iter(lambda: W.random_scene(rng), None) if W.unseen(s))
-    scores = {}
-    for n in range(count):
-        scene = next(scenes)
-        kind, i, question = W.random_question(scene, rng, W.KINDS[n % len(W.KINDS)])
-        answer = W.plain_body(scene, kind, i)
+def answer(model, processor, messages, scene=None, rng=None):
+    """The greedy answer to a dialogue whose last message is the question."""
+    pixels = None
+    if scene:
         picture = processor.images(images=[W.draw_scene(scene, rng)], return_tensors="pt")
-        record = {"id": n, "images": [], "messages": W.chat("<image>" + question, "-")}
-        batch = processor.collate([processor.example(record, True, (picture["pixel_values"], picture["image_grid_thw"]))], left=True)
-        ids = model.generate(input_ids=batch.ids_BT, attention_mask=batch.mask_BT.long(), pixel_values=batch.pixels, image_grid_thw=batch.grids,
-                             mm_token_type_ids=(batch.ids_BT == processor.image_id).int(), max_new_tokens=90, do_sample=False)
-        said = processor.tokenizer.decode(ids[0, batch.ids_BT.shape[1]:], skip_special_tokens=True)
-        scores.setdefault(kind, []).append(said.strip().lower() == answer.lower() + ".")
-    return {k: round(sum(v) / len(v), 3) for k, v in sorted(scores.items())}
+        pixels = picture["pixel_values"], picture["image_grid_thw"]
+    record = {"id": 0, "images": [], "messages": messages + [{"role": "assistant", "content": "-"}]}
+    batch = processor.collate([processor.example(record, True, pixels)], left=True)
+    look = dict(pixel_values=batch.pixels, image_grid_thw=batch.grids) if scene else {}
+    ids = model.generate(input_ids=batch.ids_BT, attention_mask=batch.mask_BT.long(), **look,
+                         mm_token_type_ids=(batch.ids_BT == processor.image_id).int(), max_new_tokens=90, do_sample=False)
+    return processor.tokenizer.decode(ids[0, batch.ids_BT.shape[1]:], skip_special_tokens=True).strip()
+
+
+def evaluate(model, processor, count=300, seed=1):
+    """Greedy answers about unseen scenes -> {kind of question: share right}, `count` of each of the four blocks.
+
+    '<kind>': to the letter, no system message. 'role <kind>': Response Accuracy 10 under the profile of a held-out role.
+    'duty', 'care', 'feeling', 'thing': this part of task B's advice is there and right, for LS1's and for LS2's role sets;
+    'text ...': the same with the scene told in words. Parts of an answer that are not there count as not right."""
+    rng, judge, scores = random.Random(f"evaluate {seed}"), RuleJudge(), {}
+    scenes = (s for s in iter(lambda: W.random_scene(rng), None) if W.unseen(s))
+
+    def note(name, right):
+        scores.setdefault(name, []).append(bool(right))
+
+    for n in range(count):
+        scene, kind = next(scenes), W.KINDS[n % len(W.KINDS)]
+        kind, i, question = W.random_question(scene, rng, kind)
+        said = answer(model, processor, W.chat("<image>" + question, "")[:-1], scene, rng)
+        note(kind, said.lower() == W.plain_body(scene, kind, i).lower() + ".")
+        role = W.random_role(rng, ood=True)
+        facts = {"scene": [asdict(t) for t in scene], "kind": kind, "asked": i, "role": asdict(role)}
+        said = answer(model, processor, W.chat("<image>" + question, "", role.profile())[:-1], scene, rng)
+        note("role " + kind, judge.scores({"facts": facts}, said)[4] == 10)
+        for k, name in enumerate(("LS1", "LS2")):
+            role_set = rng.choice(W.role_sets()[k])
+            person, place = rng.choice(role_set)
+            for mode in ("", "text "):
+                ask = f"I am at {place}. What should I do?"
+                ask = f"Picture: {W.tell(scene)}. {ask}" if mode else "<image>" + ask
+                said = answer(model, processor, W.chat(ask, "", W.tell_role_set(role_set))[:-1], None if mode else scene, rng).lower()
+                found = claims(said, {"scene": facts["scene"]})
+                others = [d for p, d in W.DUTIES.items() if p != person]
+                note(f"{mode}{name} duty", W.DUTIES[person] in said and not any(d in said for d in others))
+                note(f"{mode}{name} care", W.ADVICE[place] in said)
+                note(f"{mode}{name} feeling", f"stay {W.feeling(person, place)}" in said)
+                note(f"{mode}{name} thing", found and all(is_true(c, facts["scene"]) for c in found))
+                note(f"{mode}{name} false duty", any(d in said for d in others))
+                note(f"{mode}{name} false thing", not all(is_true(c, facts["scene"]) for c in found))
+    return {k: round(sum(v) / len(v), 3) for k, v in scores.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="tiny/vlm", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--init", type=Path, help="folder of a checkpoint to start from, with its tokenizer; default: from scratch")
     parser.add_argument("--steps", default=5000, type=int, help="optimizer steps")
     parser.add_argument("--paired", default=32, type=int, help="image dialogues a step")
     parser.add_argument("--text", default=16, type=int, help="text-only records a step")
@@ -144,8 +184,14 @@ def main():
         model = AutoModelForImageTextToText.from_pretrained(args.out, dtype=torch.float32).eval()
         return print(json.dumps(evaluate(model, Processor(args.out))))
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(args.out)
-    model = make_model(tokenizer)
+    if args.init:  # what is new in the world since its tokenizer was made is spelt in a few more pieces
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+            shutil.copy(args.init / name, args.out / name)
+        tokenizer = Processor(args.init).tokenizer
+        model = AutoModelForImageTextToText.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        tokenizer = make_tokenizer(args.out)
+        model = make_model(tokenizer)
     model.config.save_pretrained(args.out)
     processor = Processor(args.out, max_length=400)
     pool = Pool(processor, args.pool)

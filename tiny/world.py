@@ -1,19 +1,29 @@
-"""The tiny world: drawn scenes, dialogues about them, roles to play, and the facts a judge needs.
+"""The tiny world: drawn scenes, dialogues about them, roles to play, users in a situation, and the facts a judge needs.
 
 A scene has 1 to 4 coloured shapes on a 3 x 3 grid. The world writes, once, PNG files and JSON Lines in the record
 format that data.py reads (see README, "Data"):
 
-    paired.jsonl        image + plain questions and answers, no roles          (scarce: 1,000 rows)
-    text.jsonl          no image: role play about a scene told in words, advice to a person in a place, short stories
-                        (plentiful and rich: 40,000 rows by default)
-    task_demos.jsonl    the downstream task: play a role AND look at an image; few and narrow demonstrations
-    task_prompts.jsonl  prompts for RL            task_val.jsonl   to choose settings on
-    task_id.jsonl       test, roles that the demonstrations have     task_ood.jsonl  test, held-out roles
+    paired.jsonl         image + plain questions and answers, no roles          (scarce: 1,000 rows)
+    text.jsonl           no image: role play about a scene told in words, advice to users in a situation, short stories
+                         (plentiful and rich: 40,000 rows by default)
+  task A, role play (as MMRole): play a role AND look at an image
+    task_demos.jsonl     few and narrow demonstrations     task_prompts.jsonl   prompts for RL
+    task_val.jsonl       to choose settings on
+    task_id.jsonl        test, roles that the demonstrations have     task_ood.jsonl  test, held-out roles
+  task B, situated personalisation (as PCogAlignBench): advise a user who is one person here and another there
+    task_b_demos, task_b_prompts, task_b_val                          the same for task B
+    task_b_ls1.jsonl     test, role sets that the demonstrations have task_b_ls2.jsonl  test, held-out role sets
 
-What is held out: scenes of the tests are never in a training file (`unseen`); the greeting, farewell and saying of an
-out-of-distribution role are phrases that no training file contains (`held_out`), though their words are known.
-The narrow demonstrations greet always, part half of the time, and never use the favourite word or the saying; only
-the text-only data shows that a role may do so. The judge (rewards.py) rewards all of it.
+Task B. A role set is two persons at two places ('a nurse at the hospital and a cook at the market'); the user says where
+they are. The right advice has the duty of the person that the user is there, what the place asks for, the feeling that
+goes with person and place, and a thing of the image to start with.
+
+What is held out: scenes of the tests are never in a training file (`unseen`). The greeting, farewell and saying of an
+out-of-distribution role are phrases that no training file contains (`held_out`), though their words are known. The
+persons of LS2's role sets appear with no image outside LS2; what they need stands in the text-only data alone.
+The demonstrations are narrow. A: greet always, part half of the time, never the favourite word or the saying. B: duty
+and thing always, the place half of the time, never feeling or encouragement. Only the text-only data shows the rest.
+The judge (rewards.py) rewards all of it.
 
     python tiny/world.py --out runs/world --seed 0
 """
@@ -35,6 +45,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 8, "large": 13}  # radius in pixels
 PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
           "at the bottom left", "at the bottom", "at the bottom right")
+BANDS, PANELS = ((200, 228, 255), (255, 246, 226), (206, 242, 190)), (1.0, 0.87, 0.74)  # sky, wall, grass; light from the left
 NUMBERS = ("no", "one", "two", "three", "four")
 CELL = 28  # pixels: one image token of the tiny checkpoint (patch 14, merged 2 x 2)
 KINDS = ("colour", "shape", "place", "size", "count", "describe")
@@ -60,10 +71,18 @@ def unseen(scene):
 
 
 def draw_scene(scene, rng):
-    """-> PIL image of 84 x 84 pixels; background, position in the cell and turn vary a little with `rng`."""
+    """-> PIL image of 84 x 84 pixels; the light and the position in the cell vary a little with `rng`.
+
+    The shapes hang before a folding screen: its top is sky, its middle wall, its bottom grass, and each of its three panels
+    is darker than the one to its left. As in a photograph, the background tells where one looks: a vision tower with
+    relative positions only has no other cue for 'where'."""
     up = 4  # drawn four times larger, then reduced, so that edges are smooth
-    grey = rng.randint(225, 250)
-    image = Image.new("RGB", (3 * CELL * up, 3 * CELL * up), (grey, grey, grey - rng.randint(0, 12)))
+    image = Image.new("RGB", (3 * CELL * up, 3 * CELL * up))
+    light = rng.uniform(0.97, 1)
+    for cell in range(9):
+        row, col = divmod(cell, 3)
+        tint = tuple(round(light * PANELS[col] * c) for c in BANDS[row])
+        image.paste(tint, (col * CELL * up, row * CELL * up, (col + 1) * CELL * up, (row + 1) * CELL * up))
     pen = ImageDraw.Draw(image)
     for thing in scene:
         row, col = divmod(PLACES.index(thing.place), 3)
@@ -244,24 +263,64 @@ def demo_answer(role, scene, kind, i, rng):
     return in_role(role, plain_body(scene, kind, i), True, rng.random() < 0.5, False, rng)
 
 
-# --------------------------------------------------------------------------------- advice to a person in a place
-DUTIES = {"nurse": "care for people", "farmer": "watch the weather", "pupil": "learn something new",
-          "cook": "keep things clean", "guard": "keep everyone safe", "artist": "study the colours",
-          "driver": "plan the way", "parent": "think of the children", "doctor": "ask where it hurts",
-          "builder": "measure twice"}
-ADVICE = {"the harbour": "mind the water", "the market": "hold your bag close", "the school": "speak softly",
-          "the station": "look at the clock", "the park": "breathe the fresh air", "the hospital": "wash your hands",
+# ------------------------------------------------------------------------------------ advice to a user in a situation
+DUTIES = {"nurse": "care for people", "pupil": "learn something new", "cook": "keep things clean", "artist": "study the colours",
+          "driver": "plan the way", "sailor": "keep the ropes dry", "baker": "watch the bread", "gardener": "water the roses",
+          "shepherd": "count your sheep", "tailor": "cut with care",
+          "doctor": "ask where it hurts", "farmer": "watch the weather", "guard": "keep everyone safe",
+          "parent": "think of the children", "builder": "measure twice"}
+LS2_PERSONS = ("doctor", "farmer", "guard", "parent", "builder")  # held out: with an image in LS2 alone
+LS1_PERSONS = tuple(p for p in DUTIES if p not in LS2_PERSONS)
+ADVICE = {"the harbour": "mind the water", "the market": "hold your bag close", "the station": "look at the clock",
+          "the park": "breathe the fresh air", "the school": "speak softly", "the hospital": "wash your hands",
           "the museum": "touch nothing", "the kitchen": "beware of the stove"}
+OUTDOORS = tuple(ADVICE)[:4]
 FEELINGS = ("calm", "cheerful", "patient", "brave", "careful", "proud", "hopeful", "quiet")
+ENCOURAGEMENTS = ("you can do it", "all will be well", "take heart", "you are not alone", "trust yourself", "one step at a time")
 
 
-def advice(person, place, scene, rng):
-    """The right answer needs both, the person and the place: duty, what the place asks for, and the mood of the pair."""
-    feeling = FEELINGS[(3 * list(DUTIES).index(person) + list(ADVICE).index(place)) % len(FEELINGS)]
+def feeling(person, place):
+    """Each person has one feeling for indoors and another for outdoors."""
+    return FEELINGS[(list(DUTIES).index(person) + 3 * (place in OUTDOORS)) % len(FEELINGS)]
+
+
+def random_role_set(rng, persons=tuple(DUTIES)):
+    """-> ((person, place), (person, place)), all different."""
+    return tuple(zip(rng.sample(persons, 2), rng.sample(list(ADVICE), 2)))
+
+
+def role_sets():
+    """-> (24 role sets of LS1, 8 of LS2), always the same ones; no person of the one is in the other."""
+    rng = random.Random("role sets")
+    return [random_role_set(rng, LS1_PERSONS) for _ in range(24)], [random_role_set(rng, LS2_PERSONS) for _ in range(8)]
+
+
+def tell_role_set(role_set):
+    return "The user is " + " and ".join(f"{_a(person)} at {place}" for person, place in role_set) + "."
+
+
+def advice(person, place, scene, rng, duty, care, feel, start, hearten, attributes="size colour"):
+    """Advice in sentences, with those parts that are wanted, in any order; the encouragement comes last."""
     thing = rng.choice(scene)
-    parts = [f"as {_a(person)}, {DUTIES[person]}", f"at {place}, {ADVICE[place]}", f"stay {feeling}"]
+    parts = [f"as {_a(person)}, {DUTIES[person]}"] * duty + [f"at {place}, {ADVICE[place]}"] * care \
+        + [f"stay {feeling(person, place)}"] * feel \
+        + [f"start with the {noun(thing, attributes)}" + (f" {thing.place}" if attributes != "colour" else "")] * start
     rng.shuffle(parts)
-    return " ".join(_cap(p) + "." for p in parts[:rng.choice((2, 3, 3))] + [f"start with the {noun(thing, 'colour')} {thing.place}"])
+    return " ".join(_cap(p) + "." for p in parts) + (f" {_cap(rng.choice(ENCOURAGEMENTS))}!" if hearten and parts else "")
+
+
+def rich_advice(person, place, scene, rng):
+    """What the text-only data shows: each part comes often, none always."""
+    wanted = [rng.random() < p for p in (0.9, 0.8, 0.7, 0.9, 0.6)]
+    wanted[0] |= not any(wanted[:4])
+    return advice(person, place, scene, rng, *wanted, attributes=rng.choice(("colour", "size colour", "size colour")))
+
+
+def demo_advice(person, place, scene, rng):
+    """What the demonstrations show: duty and thing, half of the time the place, in this order; never feeling or encouragement."""
+    care, thing = rng.random() < 0.5, rng.choice(scene)
+    return (f"As {_a(person)}, {DUTIES[person]}. " + (f"At {place}, {ADVICE[place]}. " if care else "")
+            + f"Start with the {noun(thing, 'colour')} {thing.place}.")
 
 
 # ------------------------------------------------------------------------------------------------------ records
@@ -283,21 +342,59 @@ def paired_messages(scene, rng, often=None):
 
 
 def text_record(rng):
-    """-> {'messages': ...} or {'text': ...}: one draw of the plentiful text-only data."""
+    """-> {'messages': ...} or {'text': ...}: one draw of the plentiful text-only data; advice is for any person."""
     scene = random_scene(rng)
     role = random_role(rng)
     style = rng.random()
     if style < 0.08:
         return {"text": f"{role.name} looked at the picture. There was {tell(scene)}. {role.name} said: "
                         + rich_answer(role, scene, "describe", None, rng)}
-    if style < 0.2:
-        person, place = rng.choice(list(DUTIES)), rng.choice(list(ADVICE))
-        return {"messages": chat(f"Picture: {tell(scene)}. What should I do?", advice(person, place, scene, rng),
-                                 f"The user is {_a(person)} at {place}.")}
+    if style < 0.33:
+        role_set = random_role_set(rng)
+        person, place = rng.choice(role_set)
+        return {"messages": chat(f"Picture: {tell(scene)}. I am at {place}. What should I do?", rich_advice(person, place, scene, rng),
+                                 tell_role_set(role_set))}
     kind, i, question = random_question(scene, rng)
-    if style < 0.3:
+    if style < 0.4:
         return {"messages": chat(f"Picture: {tell(scene)}. {question}", _cap(rich_body(scene, kind, i, rng)) + ".")}
     return {"messages": chat(f"Picture: {tell(scene)}. {question}", rich_answer(role, scene, kind, i, rng), role.profile())}
+
+
+def general_messages(scene, rng):
+    """-> messages: one draw of the image dialogues that the VLM, not the stages, is pretrained on. Its looks come right there, its
+    manner seldom: half of them are plain questions, the others have a role to play or a user in a situation in general form. Roles
+    and role sets are random and none is held out; a profile names some of a role's phrases in any order; what a role or a user
+    might be given is given in three cases of ten."""
+    style = rng.random()
+    if style < 0.5:
+        return paired_messages(scene, rng, often="place")
+    some = [rng.random() < 0.3 for _ in range(5)]
+    if style < 0.78:
+        role = random_role(rng)
+        kind, i, question = random_question(scene, rng)
+        lines = role.profile().split(". ")
+        named = rng.sample(lines[1:], rng.choice((1, 2, 3, 4, 4)))
+        profile = ". ".join(line.rstrip(".") for line in [lines[0], *named]) + "."
+        said = {line.split(":")[0] for line in named}
+        body = rich_body(scene, kind, i, rng, role.word if some[0] and "Favourite word" in said else None)
+        return chat("<image>" + question, in_role(role, body, some[1] and "Greeting" in said, some[2] and "Farewell" in said,
+                                                  some[3] and "Saying" in said, rng), profile)
+    role_set = random_role_set(rng, LS1_PERSONS)
+    person, place = rng.choice(role_set)
+    if style < 0.9:
+        kind, i, question = random_question(scene, rng)
+        return chat(f"<image>I am at {place}. {question}", _cap(rich_body(scene, kind, i, rng)) + ".", tell_role_set(role_set))
+    some[3] = rng.random() < 0.7 or not any(some[:3])
+    return chat(f"<image>I am at {place}. What should I do?",
+                advice(person, place, scene, rng, *some, attributes=rng.choice(("colour", "size colour"))), tell_role_set(role_set))
+
+
+def situation_record(role_set, rng, test=False):
+    """-> a record of task B; 'facts' is what the judge knows, the last message is the reference."""
+    scene = next(s for s in iter(lambda: random_scene(rng), None) if unseen(s) == test)
+    person, place = rng.choice(role_set)
+    return {"messages": chat(f"<image>I am at {place}. What should I do?", demo_advice(person, place, scene, rng), tell_role_set(role_set)),
+            "facts": {"task": "situation", "scene": [asdict(t) for t in scene], "person": person, "place": place}}, scene
 
 
 def task_record(role, rng, test=False):
@@ -305,7 +402,7 @@ def task_record(role, rng, test=False):
     scene = next(s for s in iter(lambda: random_scene(rng), None) if unseen(s) == test)
     kind, i, question = random_question(scene, rng)
     return {"messages": chat("<image>" + question, demo_answer(role, scene, kind, i, rng), role.profile()),
-            "facts": {"scene": [asdict(t) for t in scene], "kind": kind, "asked": i, "role": asdict(role)}}, scene
+            "facts": {"task": "role play", "scene": [asdict(t) for t in scene], "kind": kind, "asked": i, "role": asdict(role)}}, scene
 
 
 def write_world(out, seed=0, paired=1000, text=40000, demos=400, prompts=600, tests=256):
@@ -327,21 +424,20 @@ def write_world(out, seed=0, paired=1000, text=40000, demos=400, prompts=600, te
             scene = next(s for s in iter(lambda: random_scene(rng), None) if not unseen(s))
             yield {"id": f"paired-{n}", "images": save_image(scene, f"paired-{n}", rng), "messages": paired_messages(scene, rng)}
 
-    def task_rows(name, roles, count, test):
+    def task_rows(name, draw, roles, count, test):
         rng = random.Random(f"{name} {seed}")
         for n in range(count):
-            record, scene = task_record(roles[n % len(roles)], rng, test)
+            record, scene = draw(roles[n % len(roles)], rng, test)
             yield {"id": f"{name}-{n}", "images": save_image(scene, f"{name}-{n}", rng)} | record
 
     rng = random.Random(f"text {seed}")
-    id_roles, ood_roles = task_roles()
     write("paired", paired_rows())
     write("text", ({"id": f"text-{n}"} | text_record(rng) for n in range(text)))
-    write("task_demos", task_rows("task_demos", id_roles, demos, False))
-    write("task_prompts", task_rows("task_prompts", id_roles, prompts, False))
-    write("task_val", task_rows("task_val", id_roles, tests, False))
-    write("task_id", task_rows("task_id", id_roles, tests, True))
-    write("task_ood", task_rows("task_ood", ood_roles, tests, True))
+    for task, draw, (known, new), known_test, new_test in (("task", task_record, task_roles(), "id", "ood"),
+                                                           ("task_b", situation_record, role_sets(), "ls1", "ls2")):
+        for name, roles, count, test in (("demos", known, demos, False), ("prompts", known, prompts, False), ("val", known, tests, False),
+                                         (known_test, known, tests, True), (new_test, new, tests, True)):
+            write(f"{task}_{name}", task_rows(f"{task}_{name}", draw, roles, count, test))
     (out / "world.json").write_text(json.dumps({"seed": seed, "paired": paired, "text": text, "demos": demos,
                                                 "prompts": prompts, "tests": tests}))
 
