@@ -167,17 +167,17 @@ class Fixed:
 def test_reward_is_a_ratio_of_sums_and_judge_ratio_a_mean_of_ratios():
     judge = Fixed({"answer": (8, 3), "failed": (np.nan, 3), DEMO: (4, 6)})
     r = R.reward(judge, [record(), record()], ["answer", "failed"])
-    assert r.dtype == np.float32 and r[0] == np.float32(1.1)  # (8 + 3) / (4 + 6)
-    assert np.isnan(r[1])  # a failure is a failure, not a mean and not 0
+    assert r.dtype == np.float32 and r[0, 0] == np.float32(1.1)  # (8 + 3) / (4 + 6)
+    assert np.isnan(r[1, 0])  # a failure is a failure, not a mean and not 0
     ratio = R.judge_ratio([(8, 3), (np.nan, 3)], [(4, 6), (4, 6)])
     assert ratio[0] == 1.25 and np.isnan(ratio[1])  # (8/4 + 3/6) / 2
     bad_reference = Fixed({"answer": (8, 3), DEMO: (np.nan, 6)})
-    assert np.isnan(R.reward(bad_reference, [record()], ["answer"])[0])
+    assert np.isnan(R.reward(bad_reference, [record()], ["answer"])[0, 0])
 
 
 def test_reward_of_the_rule_judge():
-    r = R.reward(R.load_judge("rules"), [record()] * 3, [DEMO, HONEST, ""])
-    np.testing.assert_allclose(r, [1, 75.5 / 59.5, 8 / 59.5], rtol=1e-6)  # the sums of test_scores_by_hand
+    r = R.reward(R.load_judge("rules"), [record()] * 2, [DEMO, HONEST, "", DEMO])
+    np.testing.assert_allclose(r, [[1, 75.5 / 59.5], [8 / 59.5, 1]], rtol=1e-6)  # the sums of test_scores_by_hand
     assert R.RuleJudge().dimensions == R.DIMENSIONS and R.RuleJudge()([], []).shape == (0, 8)
 
 
