@@ -12,6 +12,7 @@ in an order that depends on (seed, epoch) alone, so that a resumed run and any n
 """
 
 import argparse
+import itertools
 import json
 import random
 from collections import Counter
@@ -66,7 +67,9 @@ def normalise(row, where):
 
 
 class Records:
-    """A file of records, read row by row when asked: a text corpus of any size costs one byte offset (8 B) a row."""
+    """A file of records, read row by row when asked: a text corpus of any size costs 16 B a row, its place and its size.
+
+    sizes: bytes of each row on disk (characters, in a JSON array): what is known of its length without reading it."""
 
     def __init__(self, path, limit=None):
         self.path = Path(path)
@@ -82,12 +85,14 @@ class Records:
                 if not isinstance(self.rows, list):
                     raise DataError(f"{path}: must hold a JSON array of records")
                 self.rows = self.rows[:limit]
+                self.sizes = np.array([len(str(row)) for row in self.rows])
             else:
                 offset, offsets = 0, []
                 for line in f:
                     if line.strip():
                         offsets.append(offset)
                     offset += len(line)
+                self.sizes = np.diff(np.array(offsets + [offset], dtype=np.int64))[:limit]
                 self.offsets = np.array(offsets[:limit], dtype=np.int64)
         if not len(self):
             raise DataError(f"{path}: holds no record")
@@ -282,13 +287,25 @@ def index_stream(n, seed, start=0):
         epoch, k = epoch + 1, 0
 
 
+def index_batches(records, size, seed, start=0, window=16):
+    """Row numbers forever, `size` at a time of about the same length, so that a batch has little padding: `window` batches are
+    drawn at once, their rows sorted by their size on disk and cut into batches, and those come in random order."""
+    first, skip = divmod(start, window * size)
+    stream = index_stream(len(records), seed, first * window * size)
+    for k in itertools.count(first):
+        drawn = np.array([next(stream) for _ in range(window * size)])
+        drawn = drawn[np.argsort(records.sizes[drawn], kind="stable")].reshape(window, size)
+        yield from np.random.default_rng([seed, k, 1]).permutation(drawn).flatten()[skip:]
+        skip = 0
+
+
 def batches(records, processor, size, seed, start=0, rank=0, world=1, refused=None):
-    """Yield Batches of `size` rows for this rank, forever. `start`: rows drawn so far by all ranks together.
+    """Yield Batches of `size` rows of alike length for this rank, forever. `start`: rows drawn so far by all ranks together.
 
     A row that cannot be used is replaced by the next one of the file that can, and its reason goes into the set `refused` (without
     a set it is raised): which row stands in depends on the row alone, so that resume and ranks change nothing."""
     picked = []
-    for n, i in enumerate(index_stream(len(records), seed, start)):
+    for n, i in enumerate(index_batches(records, size * world, seed, start)):
         if n % world == rank:
             picked.append(usable(records, processor, int(i), refused))
         if len(picked) == size:

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging as hf_logging
 
 from data import Batch, DataError
@@ -33,9 +34,11 @@ class VLM(nn.Module):
     """Any Hugging Face image-text-to-text model, frozen: h = f_VLM(x), and the LM head."""
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
+        """name: a folder or hub name, or a configuration (random weights, for the benchmark)."""
         super().__init__()
+        load = AutoModelForImageTextToText.from_config if isinstance(name, PretrainedConfig) else AutoModelForImageTextToText.from_pretrained
         try:
-            self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
+            self.model = load(name, dtype=dtype).to(device).eval().requires_grad_(False)
         except (OSError, ValueError, SafetensorError) as e:
             reason = str(e).strip().partition("\n")[0]
             raise DataError(f"--vlm {name}: not a loadable checkpoint ({reason})") from None
@@ -67,17 +70,23 @@ class VLM(nn.Module):
     def _body(self, **inputs):
         return self.body(**{k: v for k, v in inputs.items() if v is not None and k in self.accepts}).last_hidden_state
 
-    def forward(self, batch, cache=None):
+    def forward(self, batch, cache=None, positions=None):
         """h_BTD for a whole batch. Positions and token types are explicit: without them the model is silently wrong."""
-        return self._body(input_ids=batch.ids_BT, attention_mask=batch.mask_BT.long(), position_ids=self.positions(batch)[0],
+        position_ids = (positions or self.positions(batch))[0]
+        return self._body(input_ids=batch.ids_BT, attention_mask=batch.mask_BT.long(), position_ids=position_ids,
                           pixel_values=batch.pixels, image_grid_thw=batch.grids, mm_token_type_ids=self._types(batch),
                           past_key_values=cache, use_cache=cache is not None)
 
-    def step(self, ids_N1, mask_NS, deltas_N1, cache):
-        """h_N1D of one more token a row; mask_NS covers the prompt and everything generated, this token included."""
-        pos_N1 = mask_NS.sum(1, keepdim=True) - 1 + deltas_N1
-        pos = pos_N1.expand(3, -1, -1) if hasattr(self.body, "get_rope_index") else pos_N1
-        return self._body(input_ids=ids_N1, attention_mask=mask_NS.long(), position_ids=pos, past_key_values=cache, use_cache=True)
+    def extend(self, ids_NT, mask_NS, deltas_N1, cache):
+        """h_NTD of T more tokens a row. mask_NS covers the cache and these tokens; None: no padding anywhere."""
+        T, S = ids_NT.shape[1], cache.get_seq_length() + ids_NT.shape[1]
+        if mask_NS is None:
+            pos_NT = torch.arange(S - T, S, device=ids_NT.device) + deltas_N1
+        else:
+            pos_NT = positions_of(mask_NS, T) + deltas_N1
+        pos = pos_NT.expand(3, -1, -1) if hasattr(self.body, "get_rope_index") else pos_NT
+        see = None if mask_NS is None else visible(mask_NS, T)  # ready-made: the library looks at a plain mask's values each step
+        return self._body(input_ids=ids_NT, attention_mask=see, position_ids=pos, past_key_values=cache, use_cache=True)
 
 
 # ------------------------------------------------------------------------------------- transformer blocks and cache
@@ -90,23 +99,50 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of one stack, allocated once: (blocks, 2, rows, kv heads, length, head size)."""
+def visible(mask_BS, T):
+    """Which of S keys each of the last T positions may attend to -> (B, 1, T, S) bool: the real ones up to itself.
 
-    def __init__(self, stack, rows, length, like):
-        b = stack.blocks[0]
-        self.kv = like.new_zeros(len(stack.blocks), 2, rows, b.kv_heads, length, b.size)
-        self.mask_NS = torch.zeros(rows, length, dtype=torch.bool, device=like.device)
-        self.filled = 0
+    A padded query sees itself, so that its softmax is not empty."""
+    S = mask_BS.shape[1]
+    at, key = torch.arange(S - T, S, device=mask_BS.device)[:, None], torch.arange(S, device=mask_BS.device)
+    return ((key <= at) & mask_BS[:, None, None, :]) | (key == at)
 
-    def repeat(self, group):
-        self.kv, self.mask_NS = self.kv.repeat_interleave(group, 2), self.mask_NS.repeat_interleave(group, 0)
+
+def positions_of(mask_BS, T):
+    """The last T positions' numbers among the real tokens of their row, from 0 -> (B, T)."""
+    return (mask_BS.cumsum(1) - 1)[:, -T:].clamp(min=0)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one block. What comes after the prompt is written into memory allocated once, `room` tokens long:
+    a step copies nothing. The prompt's own pass stays differentiable and costs no room."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.kv = room, None
+
+    def update(self, k, v, *_, **__):
+        if not self.is_initialized:
+            return super().update(k, v)
+        old = self.keys.shape[2]
+        new = old + k.shape[2]
+        if self.kv is None:
+            self.kv = k.new_empty(2, *k.shape[:2], self.room, k.shape[3])
+            self.kv[0, :, :, :old], self.kv[1, :, :, :old] = self.keys, self.values
+        self.kv[0, :, :, old:new], self.kv[1, :, :, old:new] = k, v
+        self.keys, self.values = self.kv[:, :, :, :new]
+        return self.keys, self.values
+
+
+def roomy_cache(blocks, room):
+    """A cache for `blocks` blocks and `room` tokens, for the VLM and for our own stacks."""
+    return Cache(layers=[RoomyLayer(room) for _ in range(blocks)])
 
 
 class Block(nn.Module):
     """Pre-norm transformer block with the VLM's own width and head layout: grouped-query attention, rope, SwiGLU."""
 
-    def __init__(self, width, heads, kv_heads, inner, theta):
+    def __init__(self, width, heads, kv_heads, inner):
         super().__init__()
         self.heads, self.kv_heads, self.size = heads, kv_heads, width // heads
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
@@ -114,25 +150,23 @@ class Block(nn.Module):
         self.k, self.v = nn.Linear(width, kv_heads * self.size), nn.Linear(width, kv_heads * self.size)
         self.gate, self.up = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
-        self.register_buffer("freq", theta ** -(torch.arange(0, self.size, 2) / self.size), persistent=False)
 
-    def rotate(self, x_BHTd, pos_BT):
-        angle = pos_BT[:, None, :, None].float() * self.freq
-        cos, sin = angle.cos().to(x_BHTd.dtype), angle.sin().to(x_BHTd.dtype)
-        a, b = x_BHTd.chunk(2, -1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-
-    def forward(self, x_BTD, pos_BT, see=None, kv=None, filled=0):
-        """see: (B, 1, T, S) bool, which keys a query may attend to; None: plain causal."""
+    def forward(self, x_BTD, cos, sin, see=None, cache=None, index=0):
+        """cos, sin: (B, 1, T, head size / 2), rope. see: (B, 1, T, S) bool, which keys a query may attend to; None: plain causal."""
         B, T, _ = x_BTD.shape
+
+        def heads(x, n):
+            return x.view(B, T, n, self.size).transpose(1, 2)
+
+        def rotate(x):
+            a, b = x.chunk(2, -1)
+            return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
         n = self.norm1(x_BTD)
-        q = self.rotate(self.q(n).view(B, T, self.heads, self.size).transpose(1, 2), pos_BT)
-        k = self.rotate(self.k(n).view(B, T, self.kv_heads, self.size).transpose(1, 2), pos_BT)
-        v = self.v(n).view(B, T, self.kv_heads, self.size).transpose(1, 2)
-        if kv is not None:
-            kv[0, :, :, filled:filled + T], kv[1, :, :, filled:filled + T] = k, v
-            k, v = kv[:, :, :, :filled + T]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=see, is_causal=see is None, enable_gqa=True)
+        q, k, v = rotate(heads(self.q(n), self.heads)), rotate(heads(self.k(n), self.kv_heads)), heads(self.v(n), self.kv_heads)
+        if cache is not None:
+            k, v = cache.update(k, v, index)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=see, is_causal=see is None and T > 1, enable_gqa=True)
         x_BTD = x_BTD + self.o(y.transpose(1, 2).reshape(B, T, -1))
         n = self.norm2(x_BTD)
         return x_BTD + self.down(F.silu(self.gate(n)) * self.up(n))
@@ -143,35 +177,29 @@ class Stack(nn.Module):
 
     def __init__(self, blocks, codes, width, heads, kv_heads, inner, theta):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, inner, theta) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, inner) for _ in range(blocks))
         self.norm, self.out = RMSNorm(width), nn.Linear(width, codes)
+        size = width // heads
+        self.register_buffer("freq", theta ** -(torch.arange(0, size, 2) / size), persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 if not name.endswith(("o.weight", "down.weight")) else 0.02 / math.sqrt(2 * blocks))
 
-    def forward(self, e_BTD, mask_BT=None, cache=None):
-        """mask_BT bool: real tokens; needed for left padding only (behind a causal mask, right padding is never seen).
-
-        With a cache the new positions are appended to it; with T > 1 that is a prefill of an empty cache."""
-        B, T, _ = e_BTD.shape
-        x, see = e_BTD, None
-        if cache is not None:
-            cache.mask_NS[:, cache.filled:cache.filled + T] = True if mask_BT is None else mask_BT
-            mask_BS = cache.mask_NS[:, :cache.filled + T]
-            pos_BT = (mask_BS.cumsum(1) - 1)[:, -T:].clamp(min=0)
-        elif mask_BT is not None:
-            mask_BS, pos_BT = mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
+    def forward(self, e_BTD, mask_BS=None, cache=None):
+        """mask_BS bool: the real tokens among those in the cache, if there is one, and these; None: no padding that matters
+        (behind a causal mask, right padding is never seen). With a cache the new positions are appended to it."""
+        T = e_BTD.shape[1]
+        old = 0 if cache is None else cache.get_seq_length()
+        if mask_BS is None and (not old or T == 1):
+            see, pos_BT = None, torch.arange(old, old + T, device=e_BTD.device)[None]
         else:
-            mask_BS, pos_BT = None, torch.arange(T, device=x.device).expand(B, T)
-        if mask_BS is not None:  # a padded query sees itself, so that its softmax is not empty
-            S = mask_BS.shape[1]
-            at = torch.arange(S - T, S, device=x.device)[:, None]
-            key = torch.arange(S, device=x.device)
-            see = ((key <= at) & mask_BS[:, None, None, :]) | (key == at)
+            mask_BS = e_BTD.new_ones(len(e_BTD), old + T, dtype=torch.bool) if mask_BS is None else mask_BS
+            see, pos_BT = visible(mask_BS, T), positions_of(mask_BS, T)
+        angle = pos_BT[:, None, :, None].float() * self.freq
+        cos, sin = angle.cos().to(e_BTD.dtype), angle.sin().to(e_BTD.dtype)
+        x = e_BTD
         for i, block in enumerate(self.blocks):
-            x = block(x, pos_BT, see, None if cache is None else cache.kv[i], 0 if cache is None else cache.filled)
-        if cache is not None:
-            cache.filled += T
+            x = block(x, cos, sin, see, cache, i)
         return self.out(self.norm(x)).float()
 
 
@@ -237,7 +265,9 @@ def entropy(logits_BTK):
 
 
 class Merge(nn.Module):
-    """x <- x + W3( silu(W1 [x; c]) * (W2 [x; c]) ), no bias. W3 starts at 0, so that the world model starts at the VLM."""
+    """x <- x + W3( silu(W1 [x; c]) * (W2 [x; c]) ), no bias. W3 starts at 0, so that the world model starts at the VLM.
+
+    W [x; c] = W_x x + W_c c, and there are only K different c: `tables` works out W_c C once for all of them."""
 
     def __init__(self, width, inner):
         super().__init__()
@@ -245,9 +275,15 @@ class Merge(nn.Module):
         self.w3 = nn.Linear(inner, width, bias=False)
         nn.init.zeros_(self.w3.weight)
 
-    def forward(self, x, c):
-        xc = torch.cat((x, c), -1)
-        return x + self.w3(F.silu(self.w1(xc)) * self.w2(xc))
+    def tables(self, codes_KD):
+        """-> (W1_c C, W2_c C), each (K, inner)."""
+        D = codes_KD.shape[1]
+        return F.linear(codes_KD, self.w1.weight[:, D:]), F.linear(codes_KD, self.w2.weight[:, D:])
+
+    def forward(self, x, c1, c2):
+        """x (..., D); c1, c2 (..., inner): the rows of the tables that belong to each position's action."""
+        D = x.shape[-1]
+        return x + self.w3(F.silu(F.linear(x, self.w1.weight[:, :D]) + c1) * (F.linear(x, self.w2.weight[:, :D]) + c2))
 
 
 class WorldModel(nn.Module):
@@ -261,11 +297,16 @@ class WorldModel(nn.Module):
         super().__init__()
         self.merges, self.norm, self.output = nn.ModuleList(Merge(width, inner) for _ in range(merges)), RMSNorm(width), output
 
-    def forward(self, e, c):
-        """(..., D) contexts, (..., D) codes -> (..., D) state for the LM head."""
+    def tables(self, codes_KD):
+        """What the merges make of each code of the codebook: computed once a rollout, or once a training step."""
+        return [merge.tables(codes_KD) for merge in self.merges]
+
+    def forward(self, e, a, tables):
+        """e (..., D) contexts; a: actions, (...) int64 or one-hot (..., K) floats (straight-through) -> (..., D) for the LM head."""
         x = e
-        for merge in self.merges:
-            x = merge(x, c)
+        for merge, (t1, t2) in zip(self.merges, tables):
+            c1, c2 = (F.embedding(a, t) if a.dtype == torch.long else a.to(t.dtype) @ t for t in (t1, t2))
+            x = merge(x, c1.to(x.dtype), c2.to(x.dtype))
         y = self.norm(x)
         if self.output == "vlm":
             return y * e.float().pow(2).mean(-1, keepdim=True).add(1e-6).sqrt().to(y.dtype)
@@ -309,18 +350,11 @@ class LatentModel(nn.Module):
         return self.inverse(e_BTD)[:, 1:]
 
 
-def next_token_loss(head, y_BTD, ids_BT, explained_BT):
-    """- sum log softmax(head(y_t))[x_{t+1}] over the t where explained_BT is True; summed.
-
-    y_BTD, explained_BT: positions 0..T-2, ids_BT: 0..T-1. The head runs only where a token is explained."""
-    return F.cross_entropy(head(y_BTD[explained_BT]).float(), ids_BT[:, 1:][explained_BT], reduction="sum")
-
-
-# ------------------------------------------------------------------------------------------------ sampling, rollout
+# ------------------------------------------------------------------------------------------ log-probabilities, losses
 def log_probs(logits, temperature=1.0, top_k=0, never=None):
     """Log-probabilities of the distribution that is sampled (float32, last axis): after the ban of `never` (indices),
     temperature and top-k. Sampling and scoring both call this, so they cannot differ."""
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if never is not None:
         logits = logits.index_fill(-1, never, -math.inf)
     if 0 < top_k < logits.shape[-1]:
@@ -328,6 +362,66 @@ def log_probs(logits, temperature=1.0, top_k=0, never=None):
     return F.log_softmax(logits, -1)
 
 
+class HeadLogProbs(torch.autograd.Function):
+    """log p(x | y), p = softmax of the LM head's logits W y (as `log_probs` shapes them), without holding all (M, V) of them.
+
+    Works on a few rows at a time, LOGITS numbers in all. The gradient d log p(x) / d y = (W[x] - sum_v p_v W[v]) / temperature is
+    worked out in the forward pass, while p is there; backward only scales it. A head that trains (the token-level baseline) needs
+    p once more, for d log p(x) / d W = (1[v = x] - p_v) y / temperature."""
+    LOGITS = 2 ** 23
+
+    @staticmethod
+    def chunk(y, weight, ids, shape):
+        """-> (log p(x), p) of these rows."""
+        logp = log_probs(F.linear(y, weight), *shape)
+        return logp.gather(-1, ids[:, None])[:, 0], logp.exp_()
+
+    @staticmethod
+    def forward(ctx, y_MD, weight_VD, ids_M, *shape):
+        rows = max(1, HeadLogProbs.LOGITS // len(weight_VD))
+        logp_M, H_M = y_MD.new_empty(len(ids_M), dtype=torch.float32), y_MD.new_empty(len(ids_M), dtype=torch.float32)
+        grad_MD = torch.empty_like(y_MD) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(ids_M), rows):
+            part = slice(i, i + rows)
+            logp_M[part], p = HeadLogProbs.chunk(y_MD[part], weight_VD, ids_M[part], shape)
+            H_M[part] = torch.special.entr(p).sum(-1)
+            if grad_MD is not None:
+                grad_MD[part] = (weight_VD[ids_M[part]] - p.to(weight_VD.dtype) @ weight_VD) / shape[0]
+        ctx.save_for_backward(grad_MD, *((y_MD, weight_VD, ids_M) if ctx.needs_input_grad[1] else ()))
+        ctx.shape, ctx.rows = shape, rows
+        ctx.mark_non_differentiable(H_M)
+        return logp_M, H_M
+
+    @staticmethod
+    def backward(ctx, g_M, _):
+        grad_MD, *trains = ctx.saved_tensors
+        grad_VD = None
+        if trains:
+            y_MD, weight_VD, ids_M = trains
+            grad_VD = torch.zeros_like(weight_VD)
+            for i in range(0, len(ids_M), ctx.rows):
+                part = slice(i, i + ctx.rows)
+                y = y_MD[part].to(weight_VD.dtype)
+                _, p = HeadLogProbs.chunk(y, weight_VD, ids_M[part], ctx.shape)
+                g = p.mul_(-g_M[part, None] / ctx.shape[0])
+                g[torch.arange(len(g)), ids_M[part]] += g_M[part] / ctx.shape[0]
+                grad_VD += g.T @ y
+        grad_y = None if grad_MD is None else grad_MD * g_M[:, None].to(grad_MD.dtype)
+        return grad_y, grad_VD, None, *[None] * len(ctx.shape)
+
+
+def head_log_probs(head, y_MD, ids_M, temperature=1.0, top_k=0, never=None):
+    """-> (log p(ids_M) under `log_probs` of head(y_MD), entropy of p in nats, without gradient), float32 (M,). Differentiable in
+    y and in the head's weight."""
+    return HeadLogProbs.apply(y_MD, head.weight, ids_M, temperature, top_k, never)
+
+
+def next_token_loss(head, y_MD, ids_M):
+    """- sum log softmax(head(y))[x], summed; y_MD: the states of the explained positions alone, ids_M: the tokens that come next."""
+    return -head_log_probs(head, y_MD, ids_M)[0].sum()
+
+
+# ------------------------------------------------------------------------------------------------ sampling, rollout
 def sample(logp_NK, u_N):
     """Inverse-CDF sampling: the first index whose cumulative probability exceeds u in [0, 1)."""
     cdf = logp_NK.exp().cumsum(-1)
@@ -354,11 +448,6 @@ class Rollout:
     e_BLD: torch.Tensor | None        # contexts of the prompts, kept once a group
     e_NTD: torch.Tensor | None        # contexts of the sampled tokens: position t is the state after token t
 
-    def contexts(self):
-        """-> (e (N, L+T-1, D), mask (N, L+T-1)): what the policy read; its action t was taken at position L-1+t."""
-        e = torch.cat((self.e_BLD.repeat_interleave(self.group, 0), self.e_NTD[:, :-1]), 1)
-        return e, torch.cat((self.prompt.mask_BT.repeat_interleave(self.group, 0), self.mask_NT[:, :-1]), 1)
-
 
 @torch.no_grad()
 def rollout(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad, actions="latent"):
@@ -370,18 +459,21 @@ def rollout(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, nev
     N, T = u_NT.shape
     device, L = prompt.ids_BT.device, prompt.ids_BT.shape[1]
     assert N == len(prompt.ids_BT) * group
-    cache = DynamicCache(config=vlm.config)
-    h_BLD = vlm(prompt, cache)
-    deltas_N1 = vlm.positions(prompt)[1].repeat_interleave(group, 0)
-    mask_NS = torch.cat((prompt.mask_BT.repeat_interleave(group, 0), torch.ones(N, T, dtype=torch.bool, device=device)), 1)
-    paired_N = prompt.paired_B.repeat_interleave(group)
+    positions = vlm.positions(prompt)
+    cache = roomy_cache(len(vlm.text.layers), L + T)
+    h_BLD = vlm(prompt, cache, positions)
     cache.batch_repeat_interleave(group)
+    deltas_N1, paired_N = positions[1].repeat_interleave(group, 0), prompt.paired_B.repeat_interleave(group)
+    mask_NS = None  # where no prompt is padded, nothing is
+    if not bool(prompt.mask_BT.all()):
+        mask_NS = torch.cat((prompt.mask_BT.repeat_interleave(group, 0), torch.ones(N, T, dtype=torch.bool, device=device)), 1)
     e_BLD, e_N1D, logits_NK, states = None, h_BLD[:, -1:].repeat_interleave(group, 0), None, []
     if actions == "latent":
+        tables = latent.world.tables(latent.codebook.weight)
         e_BLD = latent.context(h_BLD, prompt.paired_B)
-        policy_cache = KVCache(latent.policy, len(prompt.ids_BT), L + T, e_BLD)
-        logits_NK = latent.policy(e_BLD, prompt.mask_BT, policy_cache)[:, -1].repeat_interleave(group, 0)
-        policy_cache.repeat(group)
+        policy_cache = roomy_cache(len(latent.policy.blocks), L + T)
+        logits_NK = latent.policy(e_BLD, None if mask_NS is None else prompt.mask_BT, policy_cache)[:, -1].repeat_interleave(group, 0)
+        policy_cache.batch_repeat_interleave(group)
         e_N1D = e_BLD[:, -1:].repeat_interleave(group, 0)
     tokens_NT = torch.full((N, T), pad, device=device)
     actions_NT, logp_NT = torch.zeros_like(tokens_NT), torch.zeros(N, T, device=device)
@@ -395,20 +487,20 @@ def rollout(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, nev
     for t in range(T):
         if actions == "latent":
             actions_NT[:, t], logp_NT[:, t] = choose(logits_NK, t, None)
-            y_ND = latent.world(e_N1D[:, 0], latent.codebook(actions_NT[:, t]).to(e_N1D.dtype))
-            token_N = vlm.head(y_ND).float().index_fill(-1, never, -math.inf).argmax(-1)
+            y_ND = latent.world(e_N1D[:, 0], actions_NT[:, t], tables)
+            token_N = vlm.head(y_ND).index_fill_(-1, never, -math.inf).argmax(-1)
         else:
             token_N, logp_NT[:, t] = choose(vlm.head(e_N1D[:, 0]), t, never)
         tokens_NT[:, t], mask_NT[:, t] = torch.where(done_N, pad, token_N), ~done_N
         done_N = done_N | (token_N == eos)
         if t + 1 == T or (t % 4 == 3 and bool(done_N.all())):  # the host looks at the device only every fourth step
             break
-        h_N1D = vlm.step(tokens_NT[:, t:t + 1], mask_NS[:, :L + t + 1], deltas_N1, cache)
-        e_N1D = h_N1D
+        seen_NS = None if mask_NS is None else mask_NS[:, :L + t + 1]
+        h_N1D = e_N1D = vlm.extend(tokens_NT[:, t:t + 1], seen_NS, deltas_N1, cache)
         if actions == "latent":
             e_N1D = latent.context(h_N1D, paired_N)
             states.append(e_N1D)
-            logits_NK = latent.policy(e_N1D, None, policy_cache)[:, -1]
+            logits_NK = latent.policy(e_N1D, seen_NS, policy_cache)[:, -1]
     T = t + 1
     e_NTD = None
     if actions == "latent":
@@ -418,20 +510,22 @@ def rollout(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, nev
 
 
 def action_logits(policy, roll):
-    """pi's logits for every action of a rollout, from the contexts it kept: no pass through the VLM. -> (N, T, K)"""
-    e, mask = roll.contexts()
-    return policy(e, mask)[:, roll.prompt.ids_BT.shape[1] - 1:]
+    """pi's logits for every action of a rollout, from the contexts it kept: no pass through the VLM. -> (N, T, K)
+
+    A prompt is read once for its whole group, as in `rollout`: the responses attend to its keys and values."""
+    cache, prompt_BL = DynamicCache(), roll.prompt.mask_BT
+    first_B1K = policy(roll.e_BLD, prompt_BL, cache)[:, -1:]
+    cache.batch_repeat_interleave(roll.group)
+    mask_NS = torch.cat((prompt_BL.repeat_interleave(roll.group, 0), roll.mask_NT[:, :-1]), 1)
+    return torch.cat((first_B1K.repeat_interleave(roll.group, 0), policy(roll.e_NTD[:, :-1], mask_NS, cache)), 1)
 
 
-def token_logits(vlm, roll):
-    """The VLM's logits for every token of a rollout -> (N, T, V). Runs the whole VLM, with gradients where it trains."""
-    g, p, L = roll.group, roll.prompt, roll.prompt.ids_BT.shape[1]
-    pixels, grids = p.pixels, p.grids
-    if grids is not None:  # each prompt's images again, group times
-        grids_B = grids.split(p.images_B.tolist())
-        pixels = torch.cat([x for part in pixels.split([int(b.prod(-1).sum()) for b in grids_B]) for x in [part] * g])
-        grids = torch.cat([b for b in grids_B for _ in range(g)])
-    ids = torch.cat((p.ids_BT.repeat_interleave(g, 0), roll.tokens_NT[:, :-1]), 1)
-    mask = torch.cat((p.mask_BT.repeat_interleave(g, 0), roll.mask_NT[:, :-1]), 1)
-    h = vlm(Batch(ids, mask, mask, p.images_B.repeat_interleave(g), pixels, grids, []))
-    return vlm.head(h[:, L - 1:]).float()
+def token_states(vlm, roll):
+    """The VLM's states (N, T, D) from which the tokens of a rollout were sampled: one pass through the whole VLM, with gradients
+    where it trains. A prompt and its images are read once for the group, as for the latent policy."""
+    cache, positions = DynamicCache(config=vlm.config), vlm.positions(roll.prompt)
+    first_B1D = vlm(roll.prompt, cache, positions)[:, -1:]
+    cache.batch_repeat_interleave(roll.group)
+    mask_NS = torch.cat((roll.prompt.mask_BT.repeat_interleave(roll.group, 0), roll.mask_NT[:, :-1]), 1)
+    h_NTD = vlm.extend(roll.tokens_NT[:, :-1], mask_NS, positions[1].repeat_interleave(roll.group, 0), cache)
+    return torch.cat((first_B1D.repeat_interleave(roll.group, 0), h_NTD), 1)

@@ -373,11 +373,13 @@ def load_judge(name_or_folder):
 
 # ---------------------------------------------------------------------------------------- the numbers we report
 def reward(judge, records, responses):
-    """R = sum_d score_d(response) / sum_d score_d(reference), float32 (N,): MMRole's ratio of sums, for RL.
+    """R = sum_d score_d(response) / sum_d score_d(reference), float32 (B, G): MMRole's ratio of sums, for RL.
 
-    A row of which the judge failed on either is NaN; the caller leaves it out of its group's statistics and counts it."""
-    ours, refs = judge(records, responses), judge(records, [reference(r) for r in records])
-    return (ours.sum(1) / refs.sum(1)).astype(np.float32)
+    records: B; responses: B * G, those of a record side by side; a reference is judged once for its group. NaN where the judge
+    failed on either: the caller leaves it out of its group's statistics and counts it."""
+    B, G = len(records), len(responses) // len(records)
+    ours = judge([r for r in records for _ in range(G)], responses).sum(1).reshape(B, G)
+    return (ours / judge(records, [reference(r) for r in records]).sum(1)[:, None]).astype(np.float32)
 
 
 def judge_ratio(scores, reference_scores):

@@ -38,13 +38,13 @@ class Config:
     save_every: int = 100                   # steps between checkpoints
 
 
-def projector_loss(projector, vlm, processor, batch):
-    """-> (L_proj1 and the squared errors of P and of the identity, all per counted token, summed, and the count)."""
+def projector_loss(projector, vlm, processor, batch, h_BTD):
+    """h_BTD: the VLM's states of the paired batch.
+    -> (L_proj1 and the squared errors of P and of the identity, all per counted token, summed, and the count)."""
     view, index_BS, after_BS = processor.text_view(batch)
     with torch.no_grad():
-        h_VT = vlm(batch)
         h_T = vlm(view)
-        h_VT = h_VT.gather(1, index_BS[..., None].expand(-1, -1, h_VT.shape[-1]))
+        h_VT = h_BTD.gather(1, index_BS[..., None].expand(-1, -1, h_T.shape[-1]))
     loss = projector.paired_loss(h_VT, h_T, after_BS)
     with torch.no_grad():
         error = ((projector.P.mean(h_T) - h_VT)[after_BS] ** 2).mean(-1).sum()
@@ -69,7 +69,9 @@ def main(argv=None):
     common.report(projector.parameters(), vlm)
 
     def loss_fn(projector, batch):
-        loss, error, identity, count = projector_loss(projector, vlm, processor, batch)
+        with torch.no_grad():
+            h_BTD = vlm(batch)
+        loss, error, identity, count = projector_loss(projector, vlm, processor, batch, h_BTD)
         return loss * common.share(count), error, identity, count
 
     objective, refused = common.wrap(projector, loss_fn), set()

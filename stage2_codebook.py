@@ -63,30 +63,30 @@ def inverse_loss(latent, vlm, e_BTD, batch, tau):
     """L_inverse and the mean-entropy bonus, both summed over explained tokens.
 
     -> (loss, entropy, count, codes (M,) chosen without noise at those positions)"""
-    explained = batch.response_BT[:, 1:]  # position t is counted where token t+1 is explained
-    logits_BTK = latent.infer_actions(e_BTD)
-    c_BTD = straight_through_gumbel(logits_BTK, tau) @ latent.codebook.weight
-    y_BTD = latent.world(e_BTD[:, :-1], c_BTD)
-    loss = next_token_loss(vlm.head, y_BTD, batch.ids_BT, explained)
-    return loss, entropy(logits_BTK)[explained].sum(), explained.sum(), logits_BTK.argmax(-1)[explained]
+    explained = batch.response_BT[:, 1:]  # position t is counted where token t+1 is explained: the world model runs only there
+    logits_MK = latent.infer_actions(e_BTD)[explained]
+    a_MK = straight_through_gumbel(logits_MK, tau)
+    y_MD = latent.world(e_BTD[:, :-1][explained], a_MK, latent.world.tables(latent.codebook.weight))
+    loss = next_token_loss(vlm.head, y_MD, batch.ids_BT[:, 1:][explained])
+    return loss, entropy(logits_MK).sum(), explained.sum(), logits_MK.argmax(-1)
 
 
 def joint_loss(latent, vlm, processor, paired, text, cfg):
     """One step's loss -> (scalar, metrics). `text` None: phase a."""
-    metrics, loss, used = {}, 0.0, {}
+    metrics, loss, used, h = {}, 0.0, {}, {}
     for name, batch in (("paired", paired), ("text", text)):
         if batch is None:
             continue
         with torch.no_grad():
-            h_BTD = vlm(batch)
-            e_BTD = latent.context(h_BTD, batch.paired_B)  # detached: L_inverse does not train P
+            h[name] = vlm(batch)
+            e_BTD = latent.context(h[name], batch.paired_B)  # detached: L_inverse does not train P
         nll, bonus, count, used[name] = inverse_loss(latent, vlm, e_BTD, batch, cfg.tau)
         norm = common.share(count)
         loss = loss + (nll - cfg.entropy_bonus * bonus) * norm
         metrics[f"nll_{name}"], metrics["entropy"] = (nll * norm).detach(), (bonus * norm).detach()
         if name == "text":
-            cycle = latent.projector.cycle_loss(h_BTD, batch.mask_BT) * common.share(batch.mask_BT.sum())
-            proj, _, _, count = projector_loss(latent.projector, vlm, processor, paired)
+            cycle = latent.projector.cycle_loss(h["text"], batch.mask_BT) * common.share(batch.mask_BT.sum())
+            proj, _, _, count = projector_loss(latent.projector, vlm, processor, paired, h["paired"])
             proj = proj * common.share(count)
             loss = loss + cfg.projector_weight * (proj + cycle)
             metrics |= {"cycle": cycle.detach(), "proj": proj.detach()}
@@ -117,11 +117,12 @@ def validate(latent, vlm, batch_list):
     for batch in batch_list:
         h_BTD = vlm(batch)
         e_BTD, explained = latent.context(h_BTD, batch.paired_B), batch.response_BT[:, 1:]
-        a_BT = latent.infer_actions(e_BTD).argmax(-1)
-        random = torch.randint_like(a_BT, latent.codebook.num_embeddings)
-        for name, y in (("vlm", h_BTD[:, :-1]), ("inferred", latent.world(e_BTD[:, :-1], latent.codebook(a_BT).to(e_BTD.dtype))),
-                        ("random", latent.world(e_BTD[:, :-1], latent.codebook(random).to(e_BTD.dtype)))):
-            sums[name] += next_token_loss(vlm.head, y, batch.ids_BT, explained).item()
+        e_MD, ids_M, tables = e_BTD[:, :-1][explained], batch.ids_BT[:, 1:][explained], latent.world.tables(latent.codebook.weight)
+        a_M = latent.infer_actions(e_BTD)[explained].argmax(-1)
+        random = torch.randint_like(a_M, latent.codebook.num_embeddings)
+        for name, y_MD in (("vlm", h_BTD[:, :-1][explained]), ("inferred", latent.world(e_MD, a_M, tables)),
+                           ("random", latent.world(e_MD, random, tables))):
+            sums[name] += next_token_loss(vlm.head, y_MD, ids_M).item()
         count += int(explained.sum())
     return {f"val_{k}": v / count for k, v in sums.items()}
 

@@ -86,7 +86,7 @@ def latent_loss(latent, vlm, phase, given, cfg):
 def sft_loss(vlm, batch):
     """Mean next-token cross-entropy of the VLM on the demonstrations' responses."""
     explained = batch.response_BT[:, 1:]
-    nll = next_token_loss(vlm.head, vlm(batch)[:, :-1], batch.ids_BT, explained) * common.share(explained.sum())
+    nll = next_token_loss(vlm.head, vlm(batch)[:, :-1][explained], batch.ids_BT[:, 1:][explained]) * common.share(explained.sum())
     return nll, {"nll": nll.detach()}
 
 

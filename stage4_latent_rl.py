@@ -34,7 +34,7 @@ import torch
 
 import common
 from data import DataError, Processor, Records, index_stream
-from model import VLM, action_logits, log_probs, rollout, token_logits, uniforms
+from model import VLM, action_logits, head_log_probs, log_probs, rollout, token_states, uniforms
 from rewards import load_judge, reward
 from stage3_bc import vlm_tensors
 
@@ -135,14 +135,13 @@ def take(roll, rows):
 def sampled_logp(model, roll, cfg, never):
     """log-probabilities (N, T) of what a rollout sampled, under `model` (policy or VLM), and the entropy (N, T)."""
     if roll.actions_NT is not None:
-        logp_NTK, picks = log_probs(action_logits(model, roll), cfg.temperature, cfg.top_k), roll.actions_NT
-    else:
-        logp_NTK, picks = log_probs(token_logits(model, roll), cfg.temperature, cfg.top_k, never), roll.tokens_NT
-        picks = torch.where(roll.mask_NT, picks, int(roll.tokens_NT[0, 0]))  # padding may be a banned id: log p = -inf
-    with torch.no_grad():
-        p = logp_NTK.exp()
-        H_NT = -(p * logp_NTK.masked_fill(p == 0, 0.0)).sum(-1)
-    return logp_NTK.gather(-1, picks[..., None])[..., 0], H_NT
+        logp_NTK = log_probs(action_logits(model, roll), cfg.temperature, cfg.top_k)
+        H_NT = torch.special.entr(logp_NTK.detach().exp()).sum(-1)
+        return logp_NTK.gather(-1, roll.actions_NT[..., None])[..., 0], H_NT
+    mask_NT = roll.mask_NT  # the head runs only where a token was sampled
+    logp_M, H_M = head_log_probs(model.head, token_states(model, roll)[mask_NT], roll.tokens_NT[mask_NT], cfg.temperature, cfg.top_k, never)
+    zeros_NT = torch.zeros_like(roll.logp_NT)
+    return zeros_NT.masked_scatter(mask_NT, logp_M), zeros_NT.masked_scatter(mask_NT, H_M)
 
 
 def update(objective, reference, optimizer, params, roll, adv_N, keep_N, cfg, never, clip_high):
@@ -230,14 +229,15 @@ def main(argv=None):
     for step in range(start, cfg.steps):
         began = time.perf_counter()
         rows = [int(next(order)) for _ in range(cfg.batch * ranks)][rank::ranks]
-        prompt = processor.collate([processor.example(prompts[i], prompt_only=True) for i in rows], left=True).to(device)
+        records = [prompts[i] for i in rows]
+        prompt = processor.collate([processor.example(r, prompt_only=True) for r in records], left=True).to(device)
         u_NT = uniforms(cfg.seed, [(step, i, g) for i in rows for g in range(cfg.group)], cfg.max_new).to(device)
         with common.autocast(device):
             roll = rollout(vlm, latent, prompt, u_NT, group=cfg.group, temperature=cfg.temperature, top_k=cfg.top_k, never=never,
                            eos=processor.eos_id, pad=processor.pad_id, actions=cfg.actions)
         texts = decode(processor.tokenizer, roll, processor.eos_id)
         rolled = time.perf_counter()
-        r_BG = torch.from_numpy(reward(judge, [prompts[i] for i in rows for _ in range(cfg.group)], texts)).view(-1, cfg.group).to(device)
+        r_BG = torch.from_numpy(reward(judge, records, texts)).to(device)
         judged = time.perf_counter()
         adv_BG = group_advantages(r_BG, cfg.loss_type)
         failed_BG, equal_B = torch.isnan(r_BG), (adv_BG.abs() < 1e-6).all(1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, Processor, Records, batches, convert_mmrole, index_stream, short_profile
+from data import DataError, Processor, Records, batches, convert_mmrole, index_batches, index_stream, short_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -175,6 +175,22 @@ def test_each_epoch_is_a_permutation_and_resume_goes_on():
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
     later = index_stream(10, seed=3, start=17)
     assert [int(next(later)) for _ in range(13)] == drawn[17:]
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
+def test_batches_are_of_one_length_and_of_every_row(folder, name):
+    lengths = np.random.default_rng(0).permutation(64) * 10
+    rows = [{"id": k, "messages": say("Hi", "x" * int(n))} for k, n in enumerate(lengths)]
+    records = Records(write(folder, *rows) if name == "r.jsonl" else write(folder, json.dumps(rows), name=name))
+    stream = index_batches(records, size=4, seed=5, window=8)
+    drawn = [[int(next(stream)) for _ in range(4)] for _ in range(32)]  # two epochs, two windows in each
+    for epoch in (drawn[:16], drawn[16:]):
+        assert sorted(sum(epoch, [])) == list(range(64))
+        for window in (epoch[:8], epoch[8:]):  # one window's batches do not overlap in length, and are not in that order
+            spans = [(min(lengths[b]), max(lengths[b])) for b in window]
+            assert all(a[1] < b[0] for a, b in zip(sorted(spans), sorted(spans)[1:])) and spans != sorted(spans)
+    later = index_batches(records, size=4, seed=5, start=44, window=8)
+    assert [int(next(later)) for _ in range(20)] == sum(drawn, [])[44:64]
 
 
 def test_ranks_and_resume_see_the_same_rows_also_with_refused_ones(processor, folder):

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 import model
 from data import DataError, Example, Processor
-from model import (VLM, Gaussian, KVCache, LatentModel, Projector, action_logits, entropy, gaussian_nll, log_probs,
-                   next_token_loss, rollout, sample, straight_through_gumbel, token_logits, uniforms)
+from model import (VLM, Gaussian, HeadLogProbs, LatentModel, Projector, action_logits, entropy, gaussian_nll, head_log_probs,
+                   log_probs, next_token_loss, rollout, roomy_cache, sample, straight_through_gumbel, token_states, uniforms)
 from tiny.world import chat, draw_scene, random_question, random_scene
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "vlm"
@@ -106,18 +106,20 @@ def bias_head(vlm, ids, size):
 
 # ------------------------------------------------------------------------------------------- caches and padding
 @torch.no_grad()
-def test_vlm_step_by_step_equals_one_full_pass(vlm, processor, prompts):
+@pytest.mark.parametrize("at_once, roomy", [(1, True), (1, False), (5, True), (5, False), (2, True)])
+def test_vlm_step_by_step_equals_one_full_pass(vlm, processor, prompts, at_once, roomy):
     group, steps = 2, 5
     more = torch.from_numpy(np.random.default_rng(0).integers(100, 2000, (len(prompts) * group, steps)))
     batch = processor.collate(prompts, left=True)
     assert len(set(batch.mask_BT.sum(1).tolist())) == 3 and batch.images_B.tolist() == [1, 0, 2]
-    cache = DynamicCache(config=vlm.config)
+    cache = roomy_cache(6, batch.ids_BT.shape[1] + steps) if roomy else DynamicCache(config=vlm.config)
     states = [vlm(batch, cache).repeat_interleave(group, 0)]
     cache.batch_repeat_interleave(group)
     deltas = vlm.positions(batch)[1].repeat_interleave(group, 0)
     mask = torch.cat((batch.mask_BT.repeat_interleave(group, 0), torch.ones_like(more, dtype=torch.bool)), 1)
-    for t in range(steps):
-        states.append(vlm.step(more[:, t:t + 1], mask[:, :batch.ids_BT.shape[1] + t + 1], deltas, cache))
+    for t in range(0, steps, at_once):
+        new = more[:, t:t + at_once]
+        states.append(vlm.extend(new, mask[:, :batch.ids_BT.shape[1] + t + new.shape[1]], deltas, cache))
     stepped = torch.cat(states, 1)
 
     longer = [extend(prompts[n // group], more[n]) for n in range(len(more))]
@@ -126,6 +128,24 @@ def test_vlm_step_by_step_equals_one_full_pass(vlm, processor, prompts):
     close(stepped[mask], vlm(full)[mask])
     for n, e in enumerate(longer):  # and each row alone, without padding, gives the same
         close(stepped[n, -len(e.ids):], vlm(alone(e))[0])
+
+
+@torch.no_grad()
+def test_without_padding_no_mask_is_needed(vlm, latent, processor, prompts):
+    for e in prompts:
+        batch, more = processor.collate([e]), torch.tensor([[300, 400, 500]])
+        out = []
+        for masked in (True, False):
+            cache, policy_cache, L = roomy_cache(6, len(e.ids) + 3), roomy_cache(2, len(e.ids) + 3), len(e.ids)
+            h = vlm(batch, cache)
+            got, mask = [h, latent.policy(h, batch.mask_BT if masked else None, policy_cache)], torch.ones(1, L + 3, dtype=torch.bool)
+            for t, n in ((0, 1), (1, 2)):  # one token, then two at once
+                seen = mask[:, :L + t + n] if masked else None
+                got.append(vlm.extend(more[:, t:t + n], seen, vlm.positions(batch)[1], cache))
+                got.append(latent.policy(got[-1], seen, policy_cache))
+            out.append(got)
+        for a, b in zip(*out):
+            close(a, b)
 
 
 @torch.no_grad()
@@ -179,11 +199,11 @@ def test_policy_step_by_step_equals_one_full_pass(stack):
     B, G, L, T = 3, 2, 7, 4
     mask = torch.arange(L) >= torch.tensor([0, 3, 5])[:, None]
     e_BLD, e_NTD = torch.randn(B, L, 128), torch.randn(B * G, T, 128)
-    cache = KVCache(stack, B, L + T, e_BLD)
+    cache = roomy_cache(len(stack.blocks), L + T)
     logits = [stack(e_BLD, mask, cache).repeat_interleave(G, 0)]
-    cache.repeat(G)
-    logits += [stack(e_NTD[:, t:t + 1], None, cache) for t in range(T)]
+    cache.batch_repeat_interleave(G)
     mask_N = torch.cat((mask.repeat_interleave(G, 0), torch.ones(B * G, T, dtype=torch.bool)), 1)
+    logits += [stack(e_NTD[:, t:t + 1], mask_N[:, :L + t + 1], cache) for t in range(T)]
     full = stack(torch.cat((e_BLD.repeat_interleave(G, 0), e_NTD), 1), mask_N)
     close(torch.cat(logits, 1)[mask_N], full[mask_N])
     assert full[mask_N].std() > 0.1
@@ -213,16 +233,16 @@ def test_nothing_before_a_token_knows_it_but_its_action_does(vlm, latent, proces
     t = len(e.ids) - 5
     other = replace(e, ids=e.ids.copy())
     other.ids[t + 1] = 300 if e.ids[t + 1] != 300 else 301
-    c = latent.codebook(torch.arange(len(e.ids)) % CODES)[None]
+    a, tables = (torch.arange(len(e.ids)) % CODES)[None], latent.world.tables(latent.codebook.weight)
     out = []
     for batch in (alone(e), alone(other)):
         x = latent.context(vlm(batch), batch.paired_B)
-        out.append((x, latent.policy(x), latent.world(x, c), latent.infer_actions(x)))
-    for a, b in zip(*out):
-        assert a.abs().max() > 0.1 and a.isfinite().all()
-    for a, b in zip(out[0][:3], out[1][:3]):
-        close(a[:, :t + 1], b[:, :t + 1], 1e-6)
-        assert (a[:, t + 1] - b[:, t + 1]).abs().max() > 1e-3
+        out.append((x, latent.policy(x), latent.world(x, a, tables), latent.infer_actions(x)))
+    for x, y in zip(*out):
+        assert x.abs().max() > 0.1 and x.isfinite().all()
+    for x, y in zip(out[0][:3], out[1][:3]):
+        close(x[:, :t + 1], y[:, :t + 1], 1e-6)
+        assert (x[:, t + 1] - y[:, t + 1]).abs().max() > 1e-3
     close(out[0][3][:, :t], out[1][3][:, :t], 1e-6)
     assert (out[0][3][:, t] - out[1][3][:, t]).abs().max() > 1e-3  # a_t explains x_{t+1}
     assert out[0][3].shape == (1, len(e.ids) - 1, CODES)          # the last position has no action
@@ -248,12 +268,14 @@ def test_world_model_starts_at_the_vlm(vlm, processor, prompts):
     torch.manual_seed(3)
     batch = processor.collate(prompts)
     e = vlm(batch)[batch.mask_BT]
-    c = 3 * torch.randn_like(e)
+    a, codes = torch.arange(len(e)) % CODES, 3 * torch.randn(CODES, e.shape[1])
     plain = vlm.head(e)
-    close(vlm.head(LatentModel(vlm.config, CODES, 1, 1).world(e, c)), plain)
+    world = LatentModel(vlm.config, CODES, 1, 1).world
+    close(vlm.head(world(e, a, world.tables(codes))), plain)
     normed = e / (e ** 2).mean(-1, keepdim=True).sqrt()
     for output, start in (("norm", normed), ("release", normed - e)):
-        y = LatentModel(vlm.config, CODES, 1, 1, world_output=output).world(e, c)
+        world = LatentModel(vlm.config, CODES, 1, 1, world_output=output).world
+        y = world(e, a, world.tables(codes))
         close(y, start)
         assert (vlm.head(y) - plain).abs().max() > 0.5
 
@@ -262,8 +284,30 @@ def test_world_model_starts_at_the_vlm(vlm, processor, prompts):
 def test_shaken_world_model_listens_to_its_code(latent):
     torch.manual_seed(4)
     e = torch.randn(1, 1, 128).expand(1, CODES, 128)
-    y = latent.world(e, latent.codebook.weight[None])
+    y = latent.world(e, torch.arange(CODES)[None], latent.world.tables(latent.codebook.weight))
     assert torch.cdist(y[0], y[0]).add(torch.eye(CODES) * 9).min() > 0.01
+
+
+def test_world_model_is_the_formula_with_the_code_beside_the_context(latent):
+    """x + W3(silu(W1 [x; c]) * (W2 [x; c])), written out with [x; c]; actions as numbers and as one-hot rows; gradients, too."""
+    torch.manual_seed(11)
+    world = latent.world.requires_grad_(True)
+    e, codes, a = torch.randn(7, 128, requires_grad=True), torch.randn(CODES, 128, requires_grad=True), torch.arange(7)
+    hot = F.one_hot(a, CODES).float().requires_grad_(True)
+    x = e
+    for m in world.merges:
+        xc = torch.cat((x, hot @ codes), -1)
+        x = x + (F.silu(xc @ m.w1.weight.T) * (xc @ m.w2.weight.T)) @ m.w3.weight.T
+    plain = world.norm.weight * x / (x ** 2).mean(-1, keepdim=True).add(1e-6).sqrt() * (e ** 2).mean(-1, keepdim=True).add(1e-6).sqrt()
+    weights, outward = [e, codes, hot, *world.parameters()], torch.randn(7, 128)
+    want = torch.autograd.grad((plain * outward).sum(), weights)
+    ours = world(e, hot, world.tables(codes))
+    close(ours, plain)
+    close(world(e, a, world.tables(codes)), plain)
+    for g, w in zip(torch.autograd.grad((ours * outward).sum(), weights), want):
+        assert w.abs().max() > 1e-3
+        close(g, w, 1e-3 * w.abs().max().item())
+    world.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------ rollout
@@ -281,11 +325,11 @@ def test_latent_rollout_is_scored_by_what_sampled_it(vlm, latent, processor, pro
     L = r.prompt.ids_BT.shape[1]
     full = processor.collate([extend(prompts[n // G], r.tokens_NT[n]) for n in range(6)], left=True)
     e = latent.context(vlm(full), full.paired_B)
-    kept, mask = r.contexts()
-    close(kept[mask], e[:, :-1][mask])
+    close(r.e_BLD.repeat_interleave(G, 0)[full.mask_BT[:, :L]], e[:, :L][full.mask_BT[:, :L]])
+    close(r.e_NTD[:, :-1], e[:, L:-1])
     by_hand = sample(log_probs(latent.policy(e, full.mask_BT)[:, L - 1:-1], temperature, top_k).flatten(0, 1), u.flatten())
     assert torch.equal(by_hand.view(6, T), r.actions_NT)
-    logits = vlm.head(latent.world(e[:, L - 1:-1], latent.codebook(r.actions_NT)))
+    logits = vlm.head(latent.world(e[:, L - 1:-1], r.actions_NT, latent.world.tables(latent.codebook.weight)))
     logits[..., processor.never_sampled] = -math.inf
     assert torch.equal(logits.argmax(-1), r.tokens_NT)
 
@@ -293,13 +337,13 @@ def test_latent_rollout_is_scored_by_what_sampled_it(vlm, latent, processor, pro
 @torch.no_grad()
 @pytest.mark.parametrize("temperature, top_k", [(2.0, 0), (0.7, 8)])
 def test_token_rollout_is_scored_by_what_sampled_it(vlm, processor, prompts, temperature, top_k):
-    """Rows with one, none and two images: token_logits must hand each row of a group its own images."""
+    """Rows with one, none and two images: token_states must give each row of a group its own prompt."""
     never = torch.tensor(processor.never_sampled)
     handle = bias_head(vlm, processor.never_sampled, 0.0)
     try:
         r = generate(vlm, None, processor, prompts, rows(6, 6, seed=1), group=2, temperature=temperature, top_k=top_k,
                      actions="token")
-        logits = token_logits(vlm, r)
+        logits = vlm.head(token_states(vlm, r))
     finally:
         handle.remove()
     logp = log_probs(logits, temperature, top_k, never)
@@ -379,7 +423,7 @@ def test_stops_at_eos(vlm, latent, processor, prompts, actions):
     if actions == "latent":
         logp = log_probs(action_logits(latent.policy, r), 2.0).gather(-1, r.actions_NT[..., None])[..., 0]
     else:
-        logp = log_probs(token_logits(vlm, r), 2.0, 0, torch.tensor(processor.never_sampled)).gather(-1, r.tokens_NT[..., None])[..., 0]
+        logp = log_probs(vlm.head(token_states(vlm, r)), 2.0, 0, torch.tensor(processor.never_sampled)).gather(-1, r.tokens_NT[..., None])[..., 0]
     close(logp[want], r.logp_NT[want])
 
 
@@ -504,20 +548,45 @@ def test_projector_losses_and_their_mask():
 
 
 def test_next_token_loss_by_hand():
-    ids = torch.tensor([[0, 1, 1, 0], [2, 0, 2, 1]])
-    explained = torch.tensor([[True, False, True], [False, True, True]])
-    y = torch.randn(2, 3, 6)
-    uniform = torch.nn.Linear(6, 11, bias=False)
-    torch.nn.init.zeros_(uniform.weight)
-    assert next_token_loss(uniform, y, ids, explained).item() == pytest.approx(4 * math.log(11), abs=1e-5)
-    # logits (0, ln 3, ln 4), probabilities (1, 3, 4) / 8; the explained tokens are 1, 0 and 2, 1
-    fixed = torch.tensor([0, math.log(3), math.log(4)])
+    head = torch.nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(3))
+    # logits (0, ln 3, ln 4), probabilities (1, 3, 4) / 8
+    y = torch.tensor([0, math.log(3), math.log(4)]).expand(4, 3)
     want = -sum(math.log(k / 8) for k in (3, 1, 4, 3))
-    assert next_token_loss(lambda y: fixed.expand(len(y), 3), y, ids, explained).item() == pytest.approx(want, abs=1e-5)
-    # a state that names the NEXT token costs nothing
-    named = 50 * F.one_hot(ids[:, 1:], 3).float()
-    assert next_token_loss(lambda y: y, named, ids, explained).item() < 1e-6
-    assert next_token_loss(lambda y: y, 50 * F.one_hot(ids[:, :-1], 3).float(), ids, explained).item() > 50
+    assert next_token_loss(head, y, torch.tensor([1, 0, 2, 1])).item() == pytest.approx(want, abs=1e-5)
+    assert next_token_loss(head, 50 * torch.eye(3), torch.tensor([0, 1, 2])).item() < 1e-6
+    assert next_token_loss(head, 50 * torch.eye(3), torch.tensor([1, 2, 0])).item() > 50
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("shape", [(1.0, 0, None), (0.7, 5, [3, 8])])
+@pytest.mark.parametrize("trains", [True, False])
+def test_head_log_probs_in_parts_equal_the_plain_ones(monkeypatch, rows, shape, trains):
+    """Values, entropies, and the gradients of the states and of the head, each row with a weight of its own."""
+    torch.manual_seed(12)
+    head = torch.nn.Linear(6, 11, bias=False)
+    monkeypatch.setattr(HeadLogProbs, "LOGITS", 11 * rows)
+    temperature, top_k, never = shape
+    never = None if never is None else torch.tensor(never)
+    y, g = 3 * torch.randn(9, 6), torch.randn(9)
+    logp = log_probs(head(y), temperature, top_k, never)
+    ids = logp.topk(2).indices[:, 1]  # sampled, so never cut off
+    out = []
+    for plain in (True, False):
+        x = y.clone().requires_grad_(True)
+        head.weight.requires_grad_(trains).grad = None
+        if plain:
+            logp = log_probs(head(x), temperature, top_k, never)
+            picked, H = logp.gather(-1, ids[:, None])[:, 0], torch.distributions.Categorical(logits=logp).entropy()
+        else:
+            picked, H = head_log_probs(head, x, ids, *shape[:2], never)
+            assert not H.requires_grad
+        (picked * g).sum().backward()
+        out.append((picked, H.detach(), x.grad, *([head.weight.grad] if trains else [])))
+    for a, b in zip(*out):
+        assert a.abs().max() > 0.1
+        close(a, b, 1e-5)
 
 
 def test_entropy_by_hand():

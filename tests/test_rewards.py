@@ -236,7 +236,7 @@ def test_the_judge_knows_the_task_of_its_records():
     judge = R.load_judge("rules")
     assert judge.dimensions_of([situation()] * 2) == R.DIMENSIONS["situation"] and len(R.DIMENSIONS["situation"]) == 5
     assert judge.dimensions_of([record()]) == R.DIMENSIONS["role play"] and len(R.DIMENSIONS["role play"]) == 8
-    np.testing.assert_allclose(R.reward(judge, [situation(), situation()], [ADVISED, FULL]), [1, 50 / 32.75], rtol=1e-6)
+    np.testing.assert_allclose(R.reward(judge, [situation()], [ADVISED, FULL]), [[1, 50 / 32.75]], rtol=1e-6)
     with pytest.raises(DataError, match="task_b.jsonl, row 3: records of the tasks role play, situation; .* one task at a time"):
         judge([situation(), record()], [ADVISED, DEMO])
     with pytest.raises(DataError, match="task_b.jsonl, row 3: no 'facts' with person, place, scene"):
@@ -259,17 +259,17 @@ class Fixed:
 def test_reward_is_a_ratio_of_sums_and_judge_ratio_a_mean_of_ratios():
     judge = Fixed({"answer": (8, 3), "failed": (np.nan, 3), DEMO: (4, 6)})
     r = R.reward(judge, [record(), record()], ["answer", "failed"])
-    assert r.dtype == np.float32 and r[0] == np.float32(1.1)  # (8 + 3) / (4 + 6)
-    assert np.isnan(r[1])  # a failure is a failure, not a mean and not 0
+    assert r.dtype == np.float32 and r[0, 0] == np.float32(1.1)  # (8 + 3) / (4 + 6)
+    assert np.isnan(r[1, 0])  # a failure is a failure, not a mean and not 0
     ratio = R.judge_ratio([(8, 3), (np.nan, 3)], [(4, 6), (4, 6)])
     assert ratio[0] == 1.25 and np.isnan(ratio[1])  # (8/4 + 3/6) / 2
     bad_reference = Fixed({"answer": (8, 3), DEMO: (np.nan, 6)})
-    assert np.isnan(R.reward(bad_reference, [record()], ["answer"])[0])
+    assert np.isnan(R.reward(bad_reference, [record()], ["answer"])[0, 0])
 
 
 def test_reward_of_the_rule_judge():
-    r = R.reward(R.load_judge("rules"), [record()] * 3, [DEMO, HONEST, ""])
-    np.testing.assert_allclose(r, [1, 75.5 / 59.5, 8 / 59.5], rtol=1e-6)  # the sums of test_scores_by_hand
+    r = R.reward(R.load_judge("rules"), [record()] * 2, [DEMO, HONEST, "", DEMO])
+    np.testing.assert_allclose(r, [[1, 75.5 / 59.5], [8 / 59.5, 1]], rtol=1e-6)  # the sums of test_scores_by_hand
     assert R.RuleJudge().dimensions == R.DIMENSIONS["role play"] and R.RuleJudge()([], []).shape == (0, 8)
 
 
