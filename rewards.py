@@ -32,7 +32,7 @@ The last three are at most 4 + 6 truth, and at most 4 if the question is not ans
 pay, nor does dodging the question with a safe remark.
 
 Task B. The advice FITS if it has the duty of the person that the user is at this place, no duty and no name of another
-person, and nothing that another place asks for.
+person, and nothing that another place asks for; a negated sentence gives neither.
     Role-Set Sensitivity     1; +6 that duty; +3 'as a <person>'; -5 each other person's duty or name; at most 4 + 6 truth
     Body Behavior Awareness  4; +4 what the place asks for; +2 'at <place>'; -5 each other place or what it asks for
     Mind Feelings Awareness  'stay <feeling>' with the one right feeling 10; no feeling 4; any other use of one 1
@@ -241,16 +241,18 @@ def situation_scores(text, facts):
     true = [c for c in found if is_true(c, scene)]
     truth = len(true) / max(1, len(found))
     seen = {(things(c, scene)[0], a) for c in true for a, _ in c if a != "count"}
+    meant = ". ".join(s for s in re.split(r"[.!?]", lower) if not NEGATIONS & set(tokens(s)))  # 'never care for people' is no duty
+    duty, cares = bool(words_of(meant, [W.DUTIES[person]])), bool(words_of(meant, [W.ADVICE[place]]))
     duties, persons = words_of(lower, W.DUTIES.values()), words_of(lower, W.DUTIES)
     care, places, feelings = words_of(lower, W.ADVICE.values()), words_of(lower, W.ADVICE), words_of(lower, W.FEELINGS)
     strangers = len(duties - {W.DUTIES[person]}) + len(persons - {person})
     elsewhere = len(care - {W.ADVICE[place]}) + len(places - {place})
-    fits = W.DUTIES[person] in duties and not strangers and not elsewhere
+    fits = duty and not strangers and not elsewhere
     right = W.feeling(person, place)
     closes = len(words_of(lower, W.ENCOURAGEMENTS)) == 1 and lower.rstrip(" .!?").endswith(tuple(". " + e for e in W.ENCOURAGEMENTS))
     cap = 4 + 6 * truth * fits
-    return [min(1 + 6 * (W.DUTIES[person] in duties) + 3 * bool(words_of(lower, [f"as {W._a(person)}"])) - 5 * strangers, 4 + 6 * truth),
-            min(4 + 4 * (W.ADVICE[place] in care) + 2 * bool(words_of(lower, [f"at {place}"])) - 5 * elsewhere, cap),
+    return [min(1 + 6 * duty + 3 * bool(words_of(lower, [f"as {W._a(person)}"])) - 5 * strangers, 4 + 6 * truth),
+            min(4 + 4 * cares + 2 * bool(words_of(lower, [f"at {place}"])) - 5 * elsewhere, cap),
             min(4 if not feelings else 10 if feelings == {right} and words_of(lower, [f"stay {right}"]) else 1, cap),
             min(10, 1 + 9 / 4 * len(seen)) - 3 * (len(found) - len(true)),
             fluency(text, facts) - 3 * repetitions(text) - 3 * (not (closes and fits and truth == 1))]

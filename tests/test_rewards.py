@@ -187,10 +187,10 @@ def test_situation_scores_by_hand():
     assert advised(FULL.replace("brave", "calm"))[2] == advised(FULL.replace("brave", "brave, calm"))[2] == 1
     assert advised(FULL.replace("You can do it!", "You can do it! Take heart!"))[4] <= 7  # one encouragement is enough
     twice = advised(CARED + " Start with the red circle at the top left.")
-    assert twice[4] == 10 - 3 - 3 - 9 * max(0, R_repeated(CARED + " Start with the red circle at the top left.") - 0.25)
+    assert twice[4] == 10 - 3 - 3 - 9 * max(0, repeated_threes(CARED + " Start with the red circle at the top left.") - 0.25)
 
 
-def R_repeated(text):
+def repeated_threes(text):
     """Share of repeated 3-grams, counted apart from rewards.py: words, marks, place phrases are one token each."""
     words = text.lower().replace("at the top left", "top-left").replace(".", " .").replace(",", " ,").split()
     threes = list(zip(words, words[1:], words[2:]))
@@ -217,6 +217,7 @@ CHEAP_ADVICE = {
     "all cares": "As a nurse, care for people. " + ", ".join(W.ADVICE.values()).capitalize() + ". Start with the red circle.",
     "the user's other self": "As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the large red circle at the top left. You can do it!",
     "advice for the other place": "As a nurse, care for people. At the school, speak softly. Stay calm. Start with the large red circle at the top left. You can do it!",
+    "negated": FULL.replace("care for", "never care for").replace("mind", "never mind"),
     "both selves": "As a nurse, care for people. As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the red circle. You can do it!",
     "manner with wrong facts": FULL.replace("red circle", "blue ring"),
     "manner without looking": "As a nurse, care for people. At the harbour, mind the water. Stay brave. You can do it!",
