@@ -162,7 +162,7 @@ FULL = "As a nurse, care for people. At the harbour, mind the water. Stay brave.
 def situation(answer=ADVISED):
     """A nurse at the harbour (outdoors, so 'brave'), who is a cook at the school."""
     role_set = (("nurse", "the harbour"), ("cook", "the school"))
-    return {"where": "task_b.jsonl, row 3", "messages": W.chat("<image>I am at the harbour. What should I do?", answer, W.tell_role_set(role_set)),
+    return {"where": "task_b.jsonl, row 3", "messages": W.chat("<image>I am a nurse at the harbour. What should I do?", answer, W.tell_role_set(role_set)),
             "facts": {"task": "situation", "scene": [asdict(t) for t in SCENE], "person": "nurse", "place": "the harbour"}}
 
 
@@ -209,8 +209,8 @@ def test_every_advice_of_the_world_fits_and_is_fluent():
 
 
 CHEAP_ADVICE = {
-    "empty": "", "copy of the prompt": "I am at the harbour. What should I do?",
-    "copy of the profile": "The user is a nurse at the harbour and a cook at the school. I am at the harbour.",
+    "empty": "", "copy of the prompt": "I am a nurse at the harbour. What should I do?",
+    "copy of the profile": "The user is a nurse at the harbour and a cook at the school. I am a nurse at the harbour.",
     "one word again and again": "nurse " * 20, "one sentence again and again": "Start with the red circle. " * 6,
     "all feelings": "Stay " + ", ".join(W.FEELINGS) + ".", "all encouragements": " ".join(e.capitalize() + "!" for e in W.ENCOURAGEMENTS),
     "all duties": "As a nurse, " + ", ".join(W.DUTIES.values()) + ". Start with the red circle at the top left.",

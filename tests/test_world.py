@@ -127,7 +127,7 @@ def test_task_b_asks_for_the_person_at_the_place(world):
     for name in TASK_B:
         for r in rows(world, name):
             facts, (system, user, _) = r["facts"], [m["content"] for m in r["messages"]]
-            assert facts["task"] == "situation" and f"I am at {facts['place']}." in user and user.startswith("<image>")
+            assert facts["task"] == "situation" and f"I am {W._a(facts['person'])} at {facts['place']}." in user and user.startswith("<image>")
             assert f"{facts['person']} at {facts['place']}" in system and system.count(" at the ") == 2
 
 

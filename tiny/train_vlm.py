@@ -179,7 +179,7 @@ def evaluate(model, processor, count=300, seed=1, advice=True):
             role_set = rng.choice(W.role_sets()[k])
             person, place = rng.choice(role_set)
             for mode in ("", "text "):
-                ask = f"I am at {place}. What should I do?"
+                ask = f"I am {W._a(person)} at {place}. What should I do?"
                 ask = f"Picture: {W.tell(scene)}. {ask}" if mode else "<image>" + ask
                 said = answer(model, processor, W.chat(ask, "", W.tell_role_set(role_set))[:-1], None if mode else scene, rng).lower()
                 found = claims(said, {"scene": facts["scene"]})

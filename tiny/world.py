@@ -14,9 +14,9 @@ format that data.py reads (see README, "Data"):
     task_b_demos, task_b_prompts, task_b_val                          the same for task B
     task_b_ls1.jsonl     test, role sets that the demonstrations have task_b_ls2.jsonl  test, held-out role sets
 
-Task B. A role set is two persons at two places ('a nurse at the hospital and a cook at the market'); the user says where
-they are. The right advice has the duty of the person that the user is there, what the place asks for, the feeling that
-goes with person and place, and a thing of the image to start with.
+Task B. A role set is two persons at two places ('a nurse at the hospital and a cook at the market'); the user says which
+of them they are now. The right advice has the duty of that person, what the place asks for, the feeling that goes with
+person and place, and a thing of the image to start with.
 
 What is held out: scenes of the tests are never in a training file (`unseen`). The greeting, farewell and saying of an
 out-of-distribution role are phrases that no training file contains (`held_out`), though their words are known. The
@@ -352,7 +352,7 @@ def text_record(rng):
     if style < 0.33:
         role_set = random_role_set(rng)
         person, place = rng.choice(role_set)
-        return {"messages": chat(f"Picture: {tell(scene)}. I am at {place}. What should I do?", rich_advice(person, place, scene, rng),
+        return {"messages": chat(f"Picture: {tell(scene)}. I am {_a(person)} at {place}. What should I do?", rich_advice(person, place, scene, rng),
                                  tell_role_set(role_set))}
     kind, i, question = random_question(scene, rng)
     if style < 0.4:
@@ -383,9 +383,9 @@ def general_messages(scene, rng):
     person, place = rng.choice(role_set)
     if style < 0.9:
         kind, i, question = random_question(scene, rng)
-        return chat(f"<image>I am at {place}. {question}", _cap(rich_body(scene, kind, i, rng)) + ".", tell_role_set(role_set))
+        return chat(f"<image>I am {_a(person)} at {place}. {question}", _cap(rich_body(scene, kind, i, rng)) + ".", tell_role_set(role_set))
     some[3] = rng.random() < 0.7 or not any(some[:3])
-    return chat(f"<image>I am at {place}. What should I do?",
+    return chat(f"<image>I am {_a(person)} at {place}. What should I do?",
                 advice(person, place, scene, rng, *some, attributes=rng.choice(("colour", "size colour"))), tell_role_set(role_set))
 
 
@@ -393,7 +393,7 @@ def situation_record(role_set, rng, test=False):
     """-> a record of task B; 'facts' is what the judge knows, the last message is the reference."""
     scene = next(s for s in iter(lambda: random_scene(rng), None) if unseen(s) == test)
     person, place = rng.choice(role_set)
-    return {"messages": chat(f"<image>I am at {place}. What should I do?", demo_advice(person, place, scene, rng), tell_role_set(role_set)),
+    return {"messages": chat(f"<image>I am {_a(person)} at {place}. What should I do?", demo_advice(person, place, scene, rng), tell_role_set(role_set)),
             "facts": {"task": "situation", "scene": [asdict(t) for t in scene], "person": person, "place": place}}, scene
 
 
