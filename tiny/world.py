@@ -352,8 +352,8 @@ def text_record(rng):
     if style < 0.33:
         role_set = random_role_set(rng)
         person, place = rng.choice(role_set)
-        return {"messages": chat(f"Picture: {tell(scene)}. I am {_a(person)} at {place}. What should I do?", rich_advice(person, place, scene, rng),
-                                 tell_role_set(role_set))}
+        question = f"Picture: {tell(scene)}. I am {_a(person)} at {place}. What should I do?"
+        return {"messages": chat(question, rich_advice(person, place, scene, rng), tell_role_set(role_set))}
     kind, i, question = random_question(scene, rng)
     if style < 0.4:
         return {"messages": chat(f"Picture: {tell(scene)}. {question}", _cap(rich_body(scene, kind, i, rng)) + ".")}
@@ -393,7 +393,8 @@ def situation_record(role_set, rng, test=False):
     """-> a record of task B; 'facts' is what the judge knows, the last message is the reference."""
     scene = next(s for s in iter(lambda: random_scene(rng), None) if unseen(s) == test)
     person, place = rng.choice(role_set)
-    return {"messages": chat(f"<image>I am {_a(person)} at {place}. What should I do?", demo_advice(person, place, scene, rng), tell_role_set(role_set)),
+    question = f"<image>I am {_a(person)} at {place}. What should I do?"
+    return {"messages": chat(question, demo_advice(person, place, scene, rng), tell_role_set(role_set)),
             "facts": {"task": "situation", "scene": [asdict(t) for t in scene], "person": person, "place": place}}, scene
 
 
