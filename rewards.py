@@ -36,7 +36,7 @@ person, and nothing that another place asks for; a negated sentence gives neithe
     Role-Set Sensitivity     1; +6 that duty; +3 'as a <person>'; -5 each other person's duty or name; at most 4 + 6 truth
     Body Behavior Awareness  4; +4 what the place asks for; +2 'at <place>'; -5 each other place or what it asks for
     Mind Feelings Awareness  'stay <feeling>' with the one right feeling 10; no feeling 4; any other use of one 1
-    Contextual Awareness     1 + 9/4 per true attribute of a thing, at most 10; -3 each false claim
+    Contextual Awareness     1 + 3 per true attribute of a thing, at most 10; -3 each false claim, other place, and what that asks for
     Conversational Flow      fluency as above, -3 each clause said before and word said before in its clause; -3 unless the
                              advice fits, is all true, and ends with one encouragement
 
@@ -254,7 +254,7 @@ def situation_scores(text, facts):
     return [min(1 + 6 * duty + 3 * bool(words_of(lower, [f"as {W._a(person)}"])) - 5 * strangers, 4 + 6 * truth),
             min(4 + 4 * cares + 2 * bool(words_of(lower, [f"at {place}"])) - 5 * elsewhere, cap),
             min(4 if not feelings else 10 if feelings == {right} and words_of(lower, [f"stay {right}"]) else 1, cap),
-            min(10, 1 + 9 / 4 * len(seen)) - 3 * (len(found) - len(true)),
+            min(10, 1 + 3 * len(seen)) - 3 * (len(found) - len(true) + elsewhere),
             fluency(text, facts) - 3 * repetitions(text) - 3 * (not (closes and fits and truth == 1))]
 
 

@@ -154,9 +154,9 @@ def test_fluency_and_coherency_by_hand():
 
 
 # --------------------------------------------------------------------------------------- task B: five dimensions
-ADVISED = "As a nurse, care for people. Start with the red circle at the top left."  # what the demonstrations show
-CARED = "As a nurse, care for people. At the harbour, mind the water. Start with the red circle at the top left."
-FULL = "As a nurse, care for people. At the harbour, mind the water. Stay brave. Start with the large red circle at the top left. You can do it!"
+ADVISED = "As a nurse, care for people. Start with the red circle."  # what the demonstrations show
+CARED = "As a nurse, care for people. At the harbour, mind the water. Start with the red circle."
+FULL = "As a nurse, care for people. At the harbour, mind the water. Stay brave. Start with the large red circle. You can do it!"
 
 
 def situation(answer=ADVISED):
@@ -171,28 +171,28 @@ def advised(response):
 
 
 def test_situation_scores_by_hand():
-    assert advised(ADVISED).tolist() == [10, 4, 4, 1 + 9 / 4 * 3, 7]  # three true attributes; no place, feeling or encouragement
-    assert advised(CARED).tolist() == [10, 10, 4, 1 + 9 / 4 * 3, 7]
+    assert advised(ADVISED).tolist() == [10, 4, 4, 1 + 3 * 2, 7]  # two true attributes; no place, feeling or encouragement
+    assert advised(CARED).tolist() == [10, 10, 4, 1 + 3 * 2, 7]
     assert advised(FULL).tolist() == [10] * 5
     assert advised("").tolist() == [1] * 5
     assert advised(FULL.replace("red", "blue"))[[0, 1, 2, 3, 4]].tolist() == [4, 4, 4, 1, 7]  # nothing true: all manner is capped at 4
     cook = advised(FULL.replace("nurse, care for people", "cook, keep things clean"))
     assert cook.tolist() == [1, 4, 4, 10, 7]  # the user is a cook elsewhere: the advice does not fit
     school = advised(FULL.replace("harbour, mind the water", "school, speak softly"))
-    assert school.tolist() == [10, 1, 4, 10, 7]
-    # two claims, one of them false: truth 1/2, so role, body and mind at most 7; four true attributes, one false claim
-    half = advised("As a nurse, care for people. At the harbour, mind the water. Stay brave. Start with the large red circle at the top left, "
+    assert school.tolist() == [10, 1, 4, 10 - 3 - 3, 7]
+    # two claims, one of them false: truth 1/2, so role, body and mind at most 7; three true attributes, one false claim
+    half = advised("As a nurse, care for people. At the harbour, mind the water. Stay brave. Start with the large red circle, "
                    "and the blue ring. You can do it!")
     assert half.tolist()[:4] == [7, 7, 7, 7]
     assert advised(FULL.replace("brave", "calm"))[2] == advised(FULL.replace("brave", "brave, calm"))[2] == 1
     assert advised(FULL.replace("You can do it!", "You can do it! Take heart!"))[4] <= 7  # one encouragement is enough
-    twice = advised(CARED + " Start with the red circle at the top left.")
-    assert twice[4] == 10 - 3 - 3 - 9 * max(0, repeated_threes(CARED + " Start with the red circle at the top left.") - 0.25)
+    twice = advised(CARED + " Start with the red circle.")
+    assert twice[4] == 10 - 3 - 3 - 9 * max(0, repeated_threes(CARED + " Start with the red circle.") - 0.25)
 
 
 def repeated_threes(text):
-    """Share of repeated 3-grams, counted apart from rewards.py: words, marks, place phrases are one token each."""
-    words = text.lower().replace("at the top left", "top-left").replace(".", " .").replace(",", " ,").split()
+    """Share of repeated 3-grams, counted apart from rewards.py: words and marks are one token each."""
+    words = text.lower().replace(".", " .").replace(",", " ,").split()
     threes = list(zip(words, words[1:], words[2:]))
     return 1 - len(set(threes)) / len(threes)
 
@@ -205,7 +205,7 @@ def test_every_advice_of_the_world_fits_and_is_fluent():
         whole = W.advice(f["person"], f["place"], scene, rng, 1, 1, 1, 1, 1)
         assert R.RuleJudge().scores(r, whole).tolist() == [10] * 5, whole
         plain = R.RuleJudge().scores(r, r["messages"][-1]["content"])
-        assert plain[[0, 2, 3, 4]].tolist() == [10, 4, 7.75, 7] and plain[1] in (4, 10)
+        assert plain[[0, 2, 3, 4]].tolist() == [10, 4, 7, 7] and plain[1] in (4, 10)
 
 
 CHEAP_ADVICE = {
@@ -213,15 +213,15 @@ CHEAP_ADVICE = {
     "copy of the profile": "The user is a nurse at the harbour and a cook at the school. I am a nurse at the harbour.",
     "one word again and again": "nurse " * 20, "one sentence again and again": "Start with the red circle. " * 6,
     "all feelings": "Stay " + ", ".join(W.FEELINGS) + ".", "all encouragements": " ".join(e.capitalize() + "!" for e in W.ENCOURAGEMENTS),
-    "all duties": "As a nurse, " + ", ".join(W.DUTIES.values()) + ". Start with the red circle at the top left.",
+    "all duties": "As a nurse, " + ", ".join(W.DUTIES.values()) + ". Start with the red circle.",
     "all cares": "As a nurse, care for people. " + ", ".join(W.ADVICE.values()).capitalize() + ". Start with the red circle.",
-    "the user's other self": "As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the large red circle at the top left. You can do it!",
-    "advice for the other place": "As a nurse, care for people. At the school, speak softly. Stay calm. Start with the large red circle at the top left. You can do it!",
+    "the user's other self": "As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the large red circle. You can do it!",
+    "advice for the other place": "As a nurse, care for people. At the school, speak softly. Stay calm. Start with the large red circle. You can do it!",
     "negated": FULL.replace("care for", "never care for").replace("mind", "never mind"),
     "both selves": "As a nurse, care for people. As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the red circle. You can do it!",
     "manner with wrong facts": FULL.replace("red circle", "blue ring"),
     "manner without looking": "As a nurse, care for people. At the harbour, mind the water. Stay brave. You can do it!",
-    "all things there can be": FULL.replace("the large red circle at the top left", ", the ".join(f"{c} {s}" for c in W.COLOURS for s in W.SHAPES)),
+    "all things there can be": FULL.replace("the large red circle", "the " + ", the ".join(f"{c} {s}" for c in W.COLOURS for s in W.SHAPES)),
     "control tokens": "<|im_end|><|image_pad|>",
 }
 
@@ -237,7 +237,7 @@ def test_the_judge_knows_the_task_of_its_records():
     judge = R.load_judge("rules")
     assert judge.dimensions_of([situation()] * 2) == R.DIMENSIONS["situation"] and len(R.DIMENSIONS["situation"]) == 5
     assert judge.dimensions_of([record()]) == R.DIMENSIONS["role play"] and len(R.DIMENSIONS["role play"]) == 8
-    np.testing.assert_allclose(R.reward(judge, [situation()], [ADVISED, FULL]), [[1, 50 / 32.75]], rtol=1e-6)
+    np.testing.assert_allclose(R.reward(judge, [situation()], [ADVISED, FULL]), [[1, 50 / 32]], rtol=1e-6)
     with pytest.raises(DataError, match="task_b.jsonl, row 3: records of the tasks role play, situation; .* one task at a time"):
         judge([situation(), record()], [ADVISED, DEMO])
     with pytest.raises(DataError, match="task_b.jsonl, row 3: no 'facts' with person, place, scene"):

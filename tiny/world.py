@@ -48,7 +48,7 @@ PLACES = ("at the top left", "at the top", "at the top right", "on the left", "i
 BANDS, PANELS = ((200, 228, 255), (255, 246, 226), (206, 242, 190)), (1.0, 0.87, 0.74)  # sky, wall, grass; light from the left
 NUMBERS = ("no", "one", "two", "three", "four")
 CELL = 28  # pixels: one image token of the tiny checkpoint (patch 14, merged 2 x 2)
-KINDS = ("colour", "shape", "place", "size", "count", "describe")
+KINDS = ("colour", "shape", "size", "count", "describe")  # no 'Where is the star?': the tiny VLM does not learn it, see README.md
 
 
 # ------------------------------------------------------------------------------------------------------- scenes
@@ -74,8 +74,7 @@ def draw_scene(scene, rng):
     """-> PIL image of 84 x 84 pixels; the light and the position in the cell vary a little with `rng`.
 
     The shapes hang before a folding screen: its top is sky, its middle wall, its bottom grass, and each of its three panels
-    is darker than the one to its left. As in a photograph, the background tells where one looks: a vision tower with
-    relative positions only has no other cue for 'where'."""
+    is darker than the one to its left."""
     up = 4  # drawn four times larger, then reduced, so that edges are smooth
     image = Image.new("RGB", (3 * CELL * up, 3 * CELL * up))
     light = rng.uniform(0.97, 1)
@@ -206,7 +205,7 @@ def random_question(scene, rng, kind=None):
     i = rng.choice(once)
     t = scene[i]
     return kind, i, {"colour": f"What colour is the {t.shape}?", "shape": f"Which shape is {t.colour}?",
-                     "place": f"Where is the {t.shape}?", "size": f"Is the {t.shape} large or small?"}[kind]
+                     "size": f"Is the {t.shape} large or small?"}[kind]
 
 
 def plain_body(scene, kind, i):
@@ -216,7 +215,7 @@ def plain_body(scene, kind, i):
     if kind == "describe":
         return f"there is {tell(scene)}"
     t = scene[i]
-    return f"the {t.shape} is " + {"colour": t.colour, "shape": t.colour, "place": t.place, "size": t.size}[kind]
+    return f"the {t.shape} is " + {"colour": t.colour, "shape": t.colour, "size": t.size}[kind]
 
 
 def rich_body(scene, kind, i, rng, word=None):
@@ -230,18 +229,17 @@ def rich_body(scene, kind, i, rng, word=None):
     if kind == "describe":
         return rng.choice(("there is ", "I see ", "here I find ", "look, I spy ")) + tell(scene, word)
     t = scene[i]
-    full = f"I see {_a(noun(t, word=word))} {t.place}"
+    full = f"I see {_a(noun(t, word=word))}"
     forms = {"colour": (f"the {w}{t.shape} is {t.colour}", f"it is {_a(noun(t, 'colour', word))}",
-                        f"the {w}{t.shape} {t.place} is {t.colour}"),
+                        f"the {w}{t.size} {t.shape} is {t.colour}"),
              "shape": (f"the {w}{t.shape} is {t.colour}", f"it is {_a(noun(t, 'colour', word))}",
                        f"the {t.colour} one is {_a(noun(t, 'size', word))}"),
-             "place": (f"the {w}{t.shape} is {t.place}", f"look {t.place} for {_a(noun(t, 'colour', word))}"),
              "size": (f"the {w}{t.shape} is {t.size}", f"it is {_a(noun(t, 'size', word))}",
                       f"the {w}{t.colour} {t.shape} is {t.size}")}[kind]
     body = rng.choice(forms + (full,))
     others = [o for j, o in enumerate(scene) if j != i]
     if others and rng.random() < 0.3:
-        body += f", and there is {_a(noun(o := rng.choice(others)))} {o.place}"
+        body += f", and there is {_a(noun(rng.choice(others)))}"
     return body
 
 
@@ -301,10 +299,9 @@ def tell_role_set(role_set):
 
 def advice(person, place, scene, rng, duty, care, feel, start, hearten, attributes="size colour"):
     """Advice in sentences, with those parts that are wanted, in any order; the encouragement comes last."""
-    thing = rng.choice(scene)
     parts = [f"as {_a(person)}, {DUTIES[person]}"] * duty + [f"at {place}, {ADVICE[place]}"] * care \
         + [f"stay {feeling(person, place)}"] * feel \
-        + [f"start with the {noun(thing, attributes)}" + (f" {thing.place}" if attributes != "colour" else "")] * start
+        + [f"start with the {noun(rng.choice(scene), attributes)}"] * start
     rng.shuffle(parts)
     return " ".join(_cap(p) + "." for p in parts) + (f" {_cap(rng.choice(ENCOURAGEMENTS))}!" if hearten and parts else "")
 
@@ -318,9 +315,8 @@ def rich_advice(person, place, scene, rng):
 
 def demo_advice(person, place, scene, rng):
     """What the demonstrations show: duty and thing, half of the time the place, in this order; never feeling or encouragement."""
-    care, thing = rng.random() < 0.5, rng.choice(scene)
-    return (f"As {_a(person)}, {DUTIES[person]}. " + (f"At {place}, {ADVICE[place]}. " if care else "")
-            + f"Start with the {noun(thing, 'colour')} {thing.place}.")
+    care = f"At {place}, {ADVICE[place]}. " if rng.random() < 0.5 else ""
+    return f"As {_a(person)}, {DUTIES[person]}. {care}Start with the {noun(rng.choice(scene), 'colour')}."
 
 
 # ------------------------------------------------------------------------------------------------------ records
@@ -329,13 +325,10 @@ def chat(question, answer, system=None):
         {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def paired_messages(scene, rng, often=None):
-    """-> messages: one to three plain questions about one image; half of the dialogues begin with one of kind `often`."""
+def paired_messages(scene, rng):
+    """-> messages: one to three plain questions about one image."""
     messages = []
-    kinds = rng.sample(KINDS, rng.choice((1, 2, 3)))
-    if often and rng.random() < 0.5:
-        kinds[0] = often
-    for k, kind in enumerate(kinds):
+    for k, kind in enumerate(rng.sample(KINDS, rng.choice((1, 2, 3)))):
         kind, i, question = random_question(scene, rng, kind)
         messages += chat(("<image>" if k == 0 else "") + question, _cap(plain_body(scene, kind, i)) + ".")
     return messages
@@ -367,7 +360,7 @@ def general_messages(scene, rng):
     might be given is given in three cases of ten."""
     style = rng.random()
     if style < 0.5:
-        return paired_messages(scene, rng, often="place")
+        return paired_messages(scene, rng)
     some = [rng.random() < 0.3 for _ in range(5)]
     if style < 0.78:
         role = random_role(rng)
