@@ -153,29 +153,6 @@ def test_the_checkpoint_sees():
         assert len(easy) == 4 and sum(easy) / 4 >= 10 / 12
 
 
-def test_sight_starts_at_chance_and_teaches_the_vision_tower_alone():
-    import math
-
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    from data import Processor
-    from tiny.train_vlm import Pool, Sight, loss_of
-    vlm = str(ROOT / "tiny" / "vlm")
-    model, processor = AutoModelForImageTextToText.from_pretrained(vlm, dtype=torch.float32), Processor(vlm)
-    sight = Sight(model)
-    for p in (*sight.cell.parameters(), *sight.where.parameters()):
-        torch.nn.init.zeros_(p)
-    batch, scenes = Pool(processor, 3).batch(processor, 2, random.Random(0))
-    loss_of(model, batch, processor.image_id)
-    loss = sight(scenes)  # all answers alike: one of 9 cells, one of 6 shapes or none, one of 9 cells or nowhere
-    assert loss.item() == pytest.approx(0.3 * (math.log(9) + math.log(7)) + math.log(10), rel=1e-5)
-    torch.nn.init.normal_(sight.where.weight)
-    sight(scenes).backward()
-    taught = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert taught and all("visual" in n for n in taught)
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_every_record_goes_through(world, name):
     from data import Processor, Records

@@ -98,37 +98,11 @@ class Pool:
         self.grid = out[0]["image_grid_thw"]
 
     def batch(self, processor, size, rng):
-        """-> (batch, its scenes)"""
-        examples, chosen = [], rng.sample(range(len(self.scenes)), size)
-        for n in chosen:
+        examples = []
+        for n in rng.sample(range(len(self.scenes)), size):
             messages = W.general_messages(self.scenes[n], rng)
             examples.append(processor.example({"id": n, "images": [], "messages": messages}, pixels=(self.pixels[n].float(), self.grid)))
-        return processor.collate(examples), [self.scenes[n] for n in chosen]
-
-
-class Sight(torch.nn.Module):
-    """Two throw-away heads that teach the vision tower to see before the language model asks: every image token must tell its
-    cell and the shape in it; all of them together must tell where each shape is. Without, 'Where is the star?' is not learnt."""
-
-    def __init__(self, model):
-        super().__init__()
-        width = model.config.text_config.hidden_size
-        self.cell, self.where = torch.nn.Linear(width, 9 + 1 + len(W.SHAPES)), torch.nn.Linear(width, 10 * len(W.SHAPES))
-        model.model.visual.register_forward_hook(lambda module, args, out: setattr(self, "seen", out.pooler_output))
-
-    def forward(self, scenes):
-        """Cross-entropies of the last image batch, one scene an image; a shape that is there twice does not count in `where`."""
-        n, s = len(scenes), len(W.SHAPES)
-        shape_N9, where_NS = torch.zeros(n, 9, dtype=torch.long), torch.full((n, s), 9)
-        for k, scene in enumerate(scenes):
-            for t in scene:
-                at, shape = W.PLACES.index(t.place), W.SHAPES.index(t.shape)
-                shape_N9[k, at] = shape + 1
-                where_NS[k, shape] = at if where_NS[k, shape] == 9 else -100
-        cell = self.cell(self.seen)
-        where = self.where(self.seen.view(n, 9, -1).mean(1)).view(n * s, 10)
-        return 0.3 * (F.cross_entropy(cell[:, :9], torch.arange(9).repeat(n)) + F.cross_entropy(cell[:, 9:], shape_N9.flatten())) \
-            + F.cross_entropy(where, where_NS.flatten())
+        return processor.collate(examples)
 
 
 def loss_of(model, batch, image_id):
@@ -201,7 +175,6 @@ def main():
     parser.add_argument("--paired", default=32, type=int, help="image dialogues a step")
     parser.add_argument("--text", default=16, type=int, help="text-only records a step")
     parser.add_argument("--lr", default=2e-3, type=float, help="peak learning rate; 2%% warm-up, then cosine to a tenth")
-    parser.add_argument("--sight", default=1.0, type=float, help="weight of the heads that teach the vision tower to see")
     parser.add_argument("--pool", default=16000, type=int, help="drawn scenes")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--evaluate", action="store_true", help="only print the accuracy on unseen scenes")
@@ -222,12 +195,11 @@ def main():
     model.config.save_pretrained(args.out)
     processor = Processor(args.out, max_length=400)
     pool = Pool(processor, args.pool)
-    sight = Sight(model)
-    optimizer = torch.optim.AdamW([*model.parameters(), *sight.parameters()], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     state_file, start, minutes = args.out.with_suffix(".train"), 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"]), sight.load_state_dict(state["sight"]), optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
         start, minutes = state["step"], state["minutes"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}, from step {start}", flush=True)
     began, log = time.time(), {}
@@ -235,21 +207,19 @@ def main():
         rng = random.Random(f"vlm {args.seed} {step}")
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / (0.02 * args.steps), 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
-        batch, scenes = pool.batch(processor, args.paired, rng)
-        paired = loss_of(model, batch, processor.image_id)
-        looks = sight(scenes)
+        paired = loss_of(model, pool.batch(processor, args.paired, rng), processor.image_id)
         rows = [{"id": "", "images": []} | W.text_record(rng) for _ in range(args.text)]
         text = loss_of(model, processor.collate([processor.example(r) for r in rows]), processor.image_id)
-        (paired + text + args.sight * looks).backward()
+        (paired + text).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad(set_to_none=True)
-        for name, value in (("paired", paired.item()), ("text", text.item()), ("sight", looks.item())):
+        for name, value in (("paired", paired.item()), ("text", text.item())):
             log[name] = 0.98 * log.get(name, value) + 0.02 * value
         total = minutes + (time.time() - began) / 60
         if (step + 1) % 50 == 0:
             print(f"step {step + 1} " + " ".join(f"{k} {v:.4f}" for k, v in log.items()) + f" minutes {total:.1f}", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            torch.save({"model": model.state_dict(), "sight": sight.state_dict(), "optimizer": optimizer.state_dict(),
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "step": step + 1, "minutes": total}, f"{state_file}.new")
             Path(f"{state_file}.new").rename(state_file)
             model.save_pretrained(args.out)
