@@ -35,7 +35,7 @@ Task B. The advice FITS if it has the duty of the person that the user is at thi
 person, and nothing that another place asks for; a negated sentence gives neither.
     Role-Set Sensitivity     1; +6 that duty; +3 'as a <person>'; -5 each other person's duty or name; at most 4 + 6 truth
     Body Behavior Awareness  4; +4 what the place asks for; +2 'at <place>'; -5 each other place or what it asks for
-    Mind Feelings Awareness  'stay <feeling>' with the one right feeling 10; no feeling 4; any other use of one 1
+    Mind Feelings Awareness  'stay <feeling>' with the person's one feeling 10; no feeling 4; any other use of one 1
     Contextual Awareness     1 + 3 per true attribute of a thing, at most 10; -3 each false claim, other place, and what that asks for
     Conversational Flow      fluency as above, -3 each clause said before and word said before in its clause; -3 unless the
                              advice fits, is all true, and ends with one encouragement
@@ -248,7 +248,7 @@ def situation_scores(text, facts):
     strangers = len(duties - {W.DUTIES[person]}) + len(persons - {person})
     elsewhere = len(care - {W.ADVICE[place]}) + len(places - {place})
     fits = duty and not strangers and not elsewhere
-    right = W.feeling(person, place)
+    right = W.feeling(person)
     closes = len(words_of(lower, W.ENCOURAGEMENTS)) == 1 and lower.rstrip(" .!?").endswith(tuple(". " + e for e in W.ENCOURAGEMENTS))
     cap = 4 + 6 * truth * fits
     return [min(1 + 6 * duty + 3 * bool(words_of(lower, [f"as {W._a(person)}"])) - 5 * strangers, 4 + 6 * truth),

@@ -156,11 +156,11 @@ def test_fluency_and_coherency_by_hand():
 # --------------------------------------------------------------------------------------- task B: five dimensions
 ADVISED = "As a nurse, care for people. Start with the red circle."  # what the demonstrations show
 CARED = "As a nurse, care for people. At the harbour, mind the water. Start with the red circle."
-FULL = "As a nurse, care for people. At the harbour, mind the water. Stay brave. Start with the large red circle. You can do it!"
+FULL = "As a nurse, care for people. At the harbour, mind the water. Stay calm. Start with the large red circle. You can do it!"
 
 
 def situation(answer=ADVISED):
-    """A nurse at the harbour (outdoors, so 'brave'), who is a cook at the school."""
+    """A nurse (who is to stay calm) at the harbour, who is a cook at the school."""
     role_set = (("nurse", "the harbour"), ("cook", "the school"))
     return {"where": "task_b.jsonl, row 3", "messages": W.chat("<image>I am a nurse at the harbour. What should I do?", answer, W.tell_role_set(role_set)),
             "facts": {"task": "situation", "scene": [asdict(t) for t in SCENE], "person": "nurse", "place": "the harbour"}}
@@ -181,10 +181,10 @@ def test_situation_scores_by_hand():
     school = advised(FULL.replace("harbour, mind the water", "school, speak softly"))
     assert school.tolist() == [10, 1, 4, 10 - 3 - 3, 7]
     # two claims, one of them false: truth 1/2, so role, body and mind at most 7; three true attributes, one false claim
-    half = advised("As a nurse, care for people. At the harbour, mind the water. Stay brave. Start with the large red circle, "
+    half = advised("As a nurse, care for people. At the harbour, mind the water. Stay calm. Start with the large red circle, "
                    "and the blue ring. You can do it!")
     assert half.tolist()[:4] == [7, 7, 7, 7]
-    assert advised(FULL.replace("brave", "calm"))[2] == advised(FULL.replace("brave", "brave, calm"))[2] == 1
+    assert advised(FULL.replace("calm", "brave"))[2] == advised(FULL.replace("calm", "calm, brave"))[2] == 1
     assert advised(FULL.replace("You can do it!", "You can do it! Take heart!"))[4] <= 7  # one encouragement is enough
     twice = advised(CARED + " Start with the red circle.")
     assert twice[4] == 10 - 3 - 3 - 9 * max(0, repeated_threes(CARED + " Start with the red circle.") - 0.25)
@@ -215,12 +215,12 @@ CHEAP_ADVICE = {
     "all feelings": "Stay " + ", ".join(W.FEELINGS) + ".", "all encouragements": " ".join(e.capitalize() + "!" for e in W.ENCOURAGEMENTS),
     "all duties": "As a nurse, " + ", ".join(W.DUTIES.values()) + ". Start with the red circle.",
     "all cares": "As a nurse, care for people. " + ", ".join(W.ADVICE.values()).capitalize() + ". Start with the red circle.",
-    "the user's other self": "As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the large red circle. You can do it!",
+    "the user's other self": "As a cook, keep things clean. At the harbour, mind the water. Stay calm. Start with the large red circle. You can do it!",
     "advice for the other place": "As a nurse, care for people. At the school, speak softly. Stay calm. Start with the large red circle. You can do it!",
     "negated": FULL.replace("care for", "never care for").replace("mind", "never mind"),
-    "both selves": "As a nurse, care for people. As a cook, keep things clean. At the harbour, mind the water. Stay brave. Start with the red circle. You can do it!",
+    "both selves": "As a nurse, care for people. As a cook, keep things clean. At the harbour, mind the water. Stay calm. Start with the red circle. You can do it!",
     "manner with wrong facts": FULL.replace("red circle", "blue ring"),
-    "manner without looking": "As a nurse, care for people. At the harbour, mind the water. Stay brave. You can do it!",
+    "manner without looking": "As a nurse, care for people. At the harbour, mind the water. Stay calm. You can do it!",
     "all things there can be": FULL.replace("the large red circle", "the " + ", the ".join(f"{c} {s}" for c in W.COLOURS for s in W.SHAPES)),
     "control tokens": "<|im_end|><|image_pad|>",
 }

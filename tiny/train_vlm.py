@@ -160,7 +160,7 @@ def evaluate(model, processor, count=300, seed=1, advice=True):
                 others = [d for p, d in W.DUTIES.items() if p != person]
                 note(f"{mode}{name} duty", W.DUTIES[person] in said and not any(d in said for d in others))
                 note(f"{mode}{name} care", W.ADVICE[place] in said)
-                note(f"{mode}{name} feeling", f"stay {W.feeling(person, place)}" in said)
+                note(f"{mode}{name} feeling", f"stay {W.feeling(person)}" in said)
                 note(f"{mode}{name} thing", found and all(is_true(c, facts["scene"]) for c in found))
                 note(f"{mode}{name} false duty", any(d in said for d in others))
                 note(f"{mode}{name} false thing", not all(is_true(c, facts["scene"]) for c in found))

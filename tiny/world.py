@@ -15,8 +15,8 @@ format that data.py reads (see README, "Data"):
     task_b_ls1.jsonl     test, role sets that the demonstrations have task_b_ls2.jsonl  test, held-out role sets
 
 Task B. A role set is two persons at two places ('a nurse at the hospital and a cook at the market'); the user says which
-of them they are now. The right advice has the duty of that person, what the place asks for, the feeling that goes with
-person and place, and a thing of the image to start with.
+of them they are now. The right advice has the duty and the feeling of that person, what the place asks for, and a thing
+of the image to start with.
 
 What is held out: scenes of the tests are never in a training file (`unseen`). The greeting, farewell and saying of an
 out-of-distribution role are phrases that no training file contains (`held_out`), though their words are known. The
@@ -272,14 +272,13 @@ LS1_PERSONS = tuple(p for p in DUTIES if p not in LS2_PERSONS)
 ADVICE = {"the harbour": "mind the water", "the market": "hold your bag close", "the station": "look at the clock",
           "the park": "breathe the fresh air", "the school": "speak softly", "the hospital": "wash your hands",
           "the museum": "touch nothing", "the kitchen": "beware of the stove"}
-OUTDOORS = tuple(ADVICE)[:4]
 FEELINGS = ("calm", "cheerful", "patient", "brave", "careful", "proud", "hopeful", "quiet")
 ENCOURAGEMENTS = ("you can do it", "all will be well", "take heart", "you are not alone", "trust yourself", "one step at a time")
 
 
-def feeling(person, place):
-    """Each person has one feeling for indoors and another for outdoors."""
-    return FEELINGS[(list(DUTIES).index(person) + 3 * (place in OUTDOORS)) % len(FEELINGS)]
+def feeling(person):
+    """Each person is told to stay in one mood."""
+    return FEELINGS[list(DUTIES).index(person) % len(FEELINGS)]
 
 
 def random_role_set(rng, persons=tuple(DUTIES)):
@@ -300,7 +299,7 @@ def tell_role_set(role_set):
 def advice(person, place, scene, rng, duty, care, feel, start, hearten, attributes="size colour"):
     """Advice in sentences, with those parts that are wanted, in any order; the encouragement comes last."""
     parts = [f"as {_a(person)}, {DUTIES[person]}"] * duty + [f"at {place}, {ADVICE[place]}"] * care \
-        + [f"stay {feeling(person, place)}"] * feel \
+        + [f"stay {feeling(person)}"] * feel \
         + [f"start with the {noun(rng.choice(scene), attributes)}"] * start
     rng.shuffle(parts)
     return " ".join(_cap(p) + "." for p in parts) + (f" {_cap(rng.choice(ENCOURAGEMENTS))}!" if hearten and parts else "")
