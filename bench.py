@@ -431,17 +431,19 @@ def resident(key):
 
 
 def peak_memory(shape, device, case):
-    """Peak bytes of building and running a case once, in this process, beyond what it holds already. The loss alone: beyond its inputs."""
+    """Peak bytes of building and running a case twice, in this process; of the head's loss: beyond its weight and states."""
+    Bench(SHAPES["tiny"], device).ready(case)()  # loads every library that the case needs
+    loss_alone = case.startswith("head_loss")
+    if device.type == "cuda":
+        f = Bench(shape, device).ready(case)
+        before = torch.cuda.memory_allocated() if loss_alone else 0
+        torch.cuda.reset_peak_memory_stats()
+        f(), f()
+        return torch.cuda.max_memory_allocated() - before
     before = resident("VmRSS")
     f = Bench(shape, device).ready(case)
-    if device.type == "cuda":
-        if case.startswith("head_loss"):
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        f(), f()
-        return torch.cuda.max_memory_allocated() - (before if case.startswith("head_loss") else 0)
-    if case.startswith("head_loss"):
-        before = resident("VmRSS")
+    before = resident("VmRSS") if loss_alone else before
+    if loss_alone:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     f(), f()
     return resident("VmHWM") - before
