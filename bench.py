@@ -247,7 +247,7 @@ class Bench:
         return [self.batch(self.s.rows, self.s.row, image, self.s.row * (2 if padded else 1)) for image in (True, False)]
 
     def optimizer(self, module):
-        return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-5)
+        return common.adamw([p for p in module.parameters() if p.requires_grad], 1e-5)
 
     def trainer(self, module, loss):
         """-> one training step: loss, backward, clip, AdamW."""

@@ -180,14 +180,15 @@ class Block(nn.Module):
         self.qkv, self.o = nn.Linear(width, (heads + 2 * kv_heads) * self.size), nn.Linear(width, width, bias=False)
         self.gate_up, self.down = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
 
-    def forward(self, x_BTD, cos, sin, see=None, cache=None, index=0):
-        """cos, sin: (B, 1, T, head size / 2), rope. see: (B, 1, T, S) bool, which keys a query may attend to; None: plain causal."""
+    def forward(self, x_BTD, turn, see=None, cache=None, index=0):
+        """turn: (B, 1, T, head size / 2), rope as complex numbers. see: (B, 1, T, S) bool, which keys a query may attend to;
+        None: plain causal."""
         B, T, _ = x_BTD.shape
 
         qkv = self.qkv(self.norm1(x_BTD)).view(B, T, -1, self.size).transpose(1, 2)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 1)
-        a, b = qk.chunk(2, -1)
-        q, k = torch.cat((a * cos - b * sin, a * sin + b * cos), -1).split((self.heads, self.kv_heads), 1)
+        pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))  # rope turns each pair of neighbours
+        q, k = torch.view_as_real(pairs * turn).flatten(-2).to(v.dtype).split((self.heads, self.kv_heads), 1)
         if cache is not None:
             k, v = cache.update(k, v, index)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=see, is_causal=see is None and T > 1, enable_gqa=True)
@@ -220,10 +221,9 @@ class Stack(nn.Module):
             mask_BS = e_BTD.new_ones(len(e_BTD), old + T, dtype=torch.bool) if mask_BS is None else mask_BS
             see, pos_BT = visible(mask_BS, T), positions_of(mask_BS, T)
         angle = pos_BT[:, None, :, None].float() * self.freq
-        cos, sin = angle.cos().to(e_BTD.dtype), angle.sin().to(e_BTD.dtype)
-        x = e_BTD
+        turn, x = torch.polar(torch.ones_like(angle), angle), e_BTD
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, see, cache, i)
+            x = block(x, turn, see, cache, i)
         return self.out(self.norm(x)).float()
 
 
@@ -491,7 +491,7 @@ def rollout(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, nev
     cache.batch_repeat_interleave(group)
     deltas_N1, paired_N = positions[1].repeat_interleave(group, 0), prompt.paired_B.repeat_interleave(group)
     mask_NS = None  # where no prompt is padded, nothing is
-    if not bool(prompt.mask_BT.all()):
+    if prompt.padded:
         mask_NS = torch.cat((prompt.mask_BT.repeat_interleave(group, 0), torch.ones(N, T, dtype=torch.bool, device=device)), 1)
     e_BLD, e_N1D, logits_NK, states = None, h_BLD[:, -1:].repeat_interleave(group, 0), None, []
     if actions == "latent":
@@ -540,7 +540,7 @@ def action_logits(policy, roll):
 
     A prompt is read once for its whole group, as in `rollout`: the responses attend to its keys and values."""
     cache, prompt_BL = DynamicCache(), roll.prompt.mask_BT
-    first_B1K = policy(roll.e_BLD, prompt_BL, cache)[:, -1:]
+    first_B1K = policy(roll.e_BLD, prompt_BL if roll.prompt.padded else None, cache)[:, -1:]
     cache.batch_repeat_interleave(roll.group)
     mask_NS = torch.cat((prompt_BL.repeat_interleave(roll.group, 0), roll.mask_NT[:, :-1]), 1)
     return torch.cat((first_B1K.repeat_interleave(roll.group, 0), policy(roll.e_NTD[:, :-1], mask_NS, cache)), 1)

@@ -156,7 +156,7 @@ def main(argv=None):
         latent.train_only(*trainable_parts(phase))
         params = [p for p in latent.parameters() if p.requires_grad]
         common.report(params, vlm, latent)
-        optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=0.0)
+        optimizer = common.adamw(params, cfg.lr)
         if extra and begin < start:
             optimizer.load_state_dict(extra["optimizer"])
         objective = common.wrap(latent, lambda latent, paired, text: joint_loss(latent, vlm, processor, paired, text, cfg))

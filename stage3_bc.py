@@ -130,7 +130,7 @@ def main(argv=None):
                 params = [p for p in latent.parameters() if p.requires_grad]
                 objective = common.wrap(latent, lambda latent, given, phase=phase: latent_loss(latent, vlm, phase, given, cfg))
             common.report(params, vlm, *([] if is_token else [latent]))
-            optimizer = torch.optim.AdamW(params, lr=peak, weight_decay=0.0)
+            optimizer = common.adamw(params, peak)
             if extra and begin < start:
                 optimizer.load_state_dict(extra["optimizer"])
             drawn = max(0, start - begin) * size * ranks
