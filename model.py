@@ -342,14 +342,14 @@ class LatentModel(nn.Module):
 
     parts = ("projector", "inverse", "codebook", "world", "policy")
 
-    def __init__(self, config, codes=128, inverse_blocks=4, policy_blocks=8, merges=2, world_output="vlm", skip=True):
-        """config: the VLM's text config; the blocks take over its width, heads and intermediate size."""
+    def __init__(self, config, codes=128, inverse_blocks=4, policy_blocks=8, merges=2, world_output="vlm", skip=True, project=True):
+        """config: the VLM's text config; the blocks take over its width, heads and intermediate size. project False: no P (ablation)."""
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
         rope = getattr(config, "rope_parameters", None) or {}
         shape = dict(codes=codes, width=D, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
                      inner=inner, theta=rope.get("rope_theta", 1e6))
-        self.projector = Projector(D, skip)
+        self.projector, self.project = Projector(D, skip), project
         self.inverse = Stack(inverse_blocks, **shape)
         self.codebook = nn.Embedding(codes, D)
         self.world = WorldModel(D, inner, merges, world_output)
@@ -365,7 +365,7 @@ class LatentModel(nn.Module):
 
     def context(self, h_BTD, paired_B):
         """e^VT, the one definition: h where the row has an image, mu of P(h) where it is text alone."""
-        if bool(paired_B.all()):
+        if not self.project or bool(paired_B.all()):
             return h_BTD
         mu = self.projector.P.mean(h_BTD).to(h_BTD.dtype)
         return torch.where(paired_B[:, None, None], h_BTD, mu)
