@@ -1,6 +1,7 @@
 # make demo   stages 1-4, the token-level baseline and the evaluation on the embedded default -> runs/demo/
 # make real   the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
 # make test   the tests
+# make bench  what a step costs, on random weights -> runs/bench/
 # Each sets up what it needs in .venv. A finished stage is not run again; `rm -rf runs/demo` starts afresh.
 
 PY := .venv/bin/python
@@ -8,7 +9,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real test setup mmrole
+.PHONY: demo real test bench setup mmrole
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -20,6 +21,9 @@ setup: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+bench: .venv/ready
+	OMP_NUM_THREADS=2 $(PY) bench.py
 
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world

@@ -103,6 +103,11 @@ class Objective(nn.Module):
         return self.loss(self.module, *args)
 
 
+def adamw(params, lr):
+    """The one optimizer of every stage; fused: one kernel for all parameters."""
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True)
+
+
 def wrap(module, loss):
     """Objective, in DistributedDataParallel where there are ranks. DDP AVERAGES over ranks, so a loss that is to be a
     mean over the global count is local sum * ranks / global count: `share` below."""

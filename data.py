@@ -146,6 +146,11 @@ class Batch:
         """bool, True where the row has an image."""
         return self.images_B > 0
 
+    @property
+    def padded(self):
+        """Does any row have padding? (Waits for the device.)"""
+        return not bool(self.mask_BT.all())
+
     def to(self, device):
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)})
 

@@ -59,7 +59,7 @@ def main(argv=None):
     records = Records(cfg.paired)
     vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
     projector = Projector(vlm.config.hidden_size, cfg.mean == "skip").to(device)
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=cfg.lr, weight_decay=0.0)
+    optimizer = common.adamw(projector.parameters(), cfg.lr)
     start = 0
     if saved := common.resume(cfg.out, "stage1_projector", asdict(cfg)):
         tensors, state, extra = saved

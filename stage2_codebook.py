@@ -8,7 +8,7 @@
 Departures. The gradient of L_inverse does not reach P (so in the release, too): a text-only context is mu of P(h),
 detached; P learns from the projector and cycle losses. Only the tokens of responses are explained (--loss-on all for the
 release's way). The action at t is counted where the token it explains, x_{t+1}, is. The world model starts at the VLM's
-own prediction (--world-output). A code's use is counted over --window steps without Gumbel noise, and logged.
+own prediction (--world-output). --without leaves one part out, for the ablation; without text, phase b goes on with paired data. A code's use is counted over --window steps without Gumbel noise, and logged.
 
     python stage2_codebook.py --projector runs/stage1 --out runs/stage2
     torchrun --nproc-per-node 4 stage2_codebook.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --projector runs/3b/stage1 --batch 4 \\
@@ -38,6 +38,8 @@ class Config:
     inverse_blocks: int = 2                  # transformer blocks of the inverse dynamics (paper: 4)
     policy_blocks: int = 2                   # transformer blocks of the policy of stage 3 (paper: 8)
     merges: int = 2                          # merge modules of the world model (paper: 2)
+    without: str = "nothing"                 # nothing | cycle | projector | text: leave out L_cycle, P (a text context is h), text-only data
+    text_rows: int = 0                       # use only so many text-only rows, 0: all
     world_output: str = "vlm"                # vlm | norm | release: what the LM head reads, see WorldModel
     steps_a: int = 150                       # phase a: paired data alone
     steps_b: int = 300                       # phase b: paired and text-only data
@@ -55,8 +57,9 @@ class Config:
     save_every: int = 150                    # steps between checkpoints
 
 
-def trainable_parts(phase):
-    return ("inverse", "codebook", "world") if phase == "a" else ("inverse", "codebook", "world", "projector")
+def trainable_parts(phase, without="nothing"):
+    parts = ("inverse", "codebook", "world")
+    return parts if phase == "a" or without in ("projector", "text") else parts + ("projector",)
 
 
 def inverse_loss(latent, vlm, e_BTD, batch, tau):
@@ -84,11 +87,11 @@ def joint_loss(latent, vlm, processor, paired, text, cfg):
         norm = common.share(count)
         loss = loss + (nll - cfg.entropy_bonus * bonus) * norm
         metrics[f"nll_{name}"], metrics["entropy"] = (nll * norm).detach(), (bonus * norm).detach()
-        if name == "text":
-            cycle = latent.projector.cycle_loss(h["text"], batch.mask_BT) * common.share(batch.mask_BT.sum())
+        if name == "text" and cfg.without != "projector":
             proj, _, _, count = projector_loss(latent.projector, vlm, processor, paired, h["paired"])
             proj = proj * common.share(count)
-            loss = loss + cfg.projector_weight * (proj + cycle)
+            cycle = latent.projector.cycle_loss(h["text"], batch.mask_BT) * common.share(batch.mask_BT.sum())
+            loss = loss + cfg.projector_weight * (proj + cycle * (cfg.without != "cycle"))
             metrics |= {"cycle": cycle.detach(), "proj": proj.detach()}
     return loss, metrics, used
 
@@ -135,7 +138,7 @@ def main(argv=None):
     files = {"paired": Records(cfg.paired), "text": Records(cfg.text)}
     vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
     arch = dict(codes=cfg.codes, inverse_blocks=cfg.inverse_blocks, policy_blocks=cfg.policy_blocks, merges=cfg.merges,
-                world_output=cfg.world_output, skip=before["config"]["mean"] == "skip")
+                world_output=cfg.world_output, skip=before["config"]["mean"] == "skip", project=cfg.without != "projector")
     latent = LatentModel(vlm.config, **arch).to(device)
     latent.load_state_dict(projector, strict=False)
     steps, start, extra = cfg.steps_a + cfg.steps_b, 0, None
@@ -145,6 +148,8 @@ def main(argv=None):
     common.seed_noise(cfg.seed, rank, start, extra)
 
     train = {k: Records(f.path, limit=-cfg.val or None) for k, f in files.items()}
+    if cfg.text_rows:
+        train["text"] = Records(cfg.text, limit=min(cfg.text_rows, len(train["text"])))
     refused = {k: set() for k in files}
     drawn = {"paired": start, "text": max(0, start - cfg.steps_a)}
     stream = {k: batches(train[k], processor, cfg.batch, cfg.seed, drawn[k] * cfg.batch * ranks, rank, ranks,
@@ -153,10 +158,10 @@ def main(argv=None):
     for phase, begin, end in (("a", 0, cfg.steps_a), ("b", cfg.steps_a, steps)):
         if start >= end or begin == end:
             continue
-        latent.train_only(*trainable_parts(phase))
+        latent.train_only(*trainable_parts(phase, cfg.without))
         params = [p for p in latent.parameters() if p.requires_grad]
         common.report(params, vlm, latent)
-        optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=0.0)
+        optimizer = common.adamw(params, cfg.lr)
         if extra and begin < start:
             optimizer.load_state_dict(extra["optimizer"])
         objective = common.wrap(latent, lambda latent, paired, text: joint_loss(latent, vlm, processor, paired, text, cfg))
@@ -165,7 +170,7 @@ def main(argv=None):
             rate = 0.55 + 0.45 * math.cos(math.pi * done) if phase == "a" else min(1.0, (done + 1 / (end - begin)) / 0.1)
             optimizer.param_groups[0]["lr"] = cfg.lr * rate
             paired = next(stream["paired"]).to(device)
-            text = next(stream["text"]).to(device) if phase == "b" else None
+            text = next(stream["text"]).to(device) if phase == "b" and cfg.without != "text" else None
             with common.autocast(device):
                 loss, metrics, used = objective(paired, text)
             loss.backward()

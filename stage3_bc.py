@@ -3,6 +3,9 @@
     phase clone, paired and text-only data:  L_bc = - sum_t log pi(a*_t | e_{<=t}),  a*_t = argmax of f_inverse (no noise)
     phase adapt, the task's demonstrations:  L_inverse on inverse dynamics, codebook and world model; L_bc on the policy
 
+--init may also be a finished clone (a stage 3 with --steps-adapt 0): then it is only adapted, and several tasks share a clone.
+A codebook learnt without text-only data, or with some of its rows, is cloned with the same.
+
 `--actions token` is the baseline's counterpart: supervised fine-tuning (SFT) of the VLM's last blocks, final norm, embeddings
 and head on the same demonstrations.
 
@@ -23,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from data import Processor, Records, batches
+from data import DataError, Processor, Records, batches
 from model import VLM, next_token_loss
 from stage2_codebook import inverse_loss
 
@@ -32,7 +35,7 @@ from stage2_codebook import inverse_loss
 class Config:
     actions: str = "latent"                  # latent | token: clone and adapt the policy, or fine-tune the VLM
     vlm: str = "tiny/vlm"                    # folder or hub name of the vision-language model
-    init: str = "runs/stage2"                # finished run of stage 2 (latent only)
+    init: str = "runs/stage2"                # finished run of stage 2, or a finished clone (latent only)
     paired: str = "runs/world/paired.jsonl"  # image-text records for cloning
     text: str = "runs/world/text.jsonl"      # text-only records for cloning
     demos: str = "runs/world/task_demos.jsonl"  # the task's demonstrations
@@ -100,7 +103,9 @@ def main(argv=None):
     device, rank, ranks = common.setup(cfg.seed)
     is_token = cfg.actions == "token"
     if not is_token:
-        tensors, before = common.load(cfg.init, "--init", ["stage2_codebook"], cfg.vlm)
+        tensors, before = common.load(cfg.init, "--init", ["stage2_codebook", "stage3_bc"], cfg.vlm)
+        if before["config"].get("actions") == "token":
+            raise DataError(f"--init {cfg.init}: is an SFT run; needed is one of stage 2, or a clone")
     processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
     demos = Records(cfg.demos)
     plan = [("adapt", {"demos": demos}, cfg.batch_adapt, cfg.steps_adapt, cfg.lr_adapt)]
@@ -110,8 +115,11 @@ def main(argv=None):
     else:
         vlm, arch = VLM(cfg.vlm, device, common.vlm_dtype(device)), before["arch"]
         latent = common.build_latent(vlm, arch, tensors).to(device)
-        clone = {"paired": Records(cfg.paired), "text": Records(cfg.text)}
-        plan.insert(0, ("clone", clone, cfg.batch, cfg.steps_clone, cfg.lr))
+        if before["stage"] == "stage2_codebook":
+            clone = {"paired": Records(cfg.paired)}
+            if before["config"]["without"] != "text":
+                clone["text"] = Records(cfg.text, limit=before["config"]["text_rows"] or None)
+            plan.insert(0, ("clone", clone, cfg.batch, cfg.steps_clone, cfg.lr))
     steps, start, extra = sum(p[3] for p in plan), 0, None
     if saved := common.resume(cfg.out, "stage3_bc", asdict(cfg)):
         (vlm.model if is_token else latent).load_state_dict(saved[0], strict=False)
@@ -130,7 +138,7 @@ def main(argv=None):
                 params = [p for p in latent.parameters() if p.requires_grad]
                 objective = common.wrap(latent, lambda latent, given, phase=phase: latent_loss(latent, vlm, phase, given, cfg))
             common.report(params, vlm, *([] if is_token else [latent]))
-            optimizer = torch.optim.AdamW(params, lr=peak, weight_decay=0.0)
+            optimizer = common.adamw(params, peak)
             if extra and begin < start:
                 optimizer.load_state_dict(extra["optimizer"])
             drawn = max(0, start - begin) * size * ranks

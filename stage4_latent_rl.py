@@ -216,7 +216,7 @@ def main(argv=None):
         latent.train_only("policy")
     params = [p for p in model.parameters() if p.requires_grad]
     common.report(params, vlm, *([] if latent is None else [latent]))
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=0.0)
+    optimizer = common.adamw(params, cfg.lr)
     start = 0
     if saved := common.resume(cfg.out, "stage4_latent_rl", asdict(cfg)):
         (vlm.model if latent is None else latent).load_state_dict(saved[0], strict=False)

@@ -297,7 +297,8 @@ def test_world_model_is_the_formula_with_the_code_beside_the_context(latent):
     x = e
     for m in world.merges:
         xc = torch.cat((x, hot @ codes), -1)
-        x = x + (F.silu(xc @ m.w1.weight.T) * (xc @ m.w2.weight.T)) @ m.w3.weight.T
+        w1, w2 = torch.cat((m.w1_x.weight, m.w1_c.weight), 1), torch.cat((m.w2_x.weight, m.w2_c.weight), 1)
+        x = x + (F.silu(xc @ w1.T) * (xc @ w2.T)) @ m.w3.weight.T
     plain = world.norm.weight * x / (x ** 2).mean(-1, keepdim=True).add(1e-6).sqrt() * (e ** 2).mean(-1, keepdim=True).add(1e-6).sqrt()
     weights, outward = [e, codes, hot, *world.parameters()], torch.randn(7, 128)
     want = torch.autograd.grad((plain * outward).sum(), weights)

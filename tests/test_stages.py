@@ -138,16 +138,37 @@ def names_of(latent, *wanted):
     return [n for n, _ in latent.named_parameters() if n.split(".")[0] in wanted]
 
 
-@pytest.mark.parametrize("phase", ["a", "b"])
-def test_stage2_trains_only_its_parts(parts, phase):
+@pytest.mark.parametrize("phase, without", [("a", "nothing"), ("b", "nothing"), ("b", "cycle"), ("b", "projector"), ("b", "text")])
+def test_stage2_trains_only_its_parts(parts, phase, without):
     processor, vlm, latent, batch = parts
-    listed = latent.train_only(*stage2_codebook.trainable_parts(phase))
-    want = names_of(latent, "inverse", "codebook", "world", *(["projector"] if phase == "b" else []))
+    listed = latent.train_only(*stage2_codebook.trainable_parts(phase, without))
+    want = names_of(latent, "inverse", "codebook", "world", *(["projector"] if phase == "b" and without in ("nothing", "cycle") else []))
     assert listed == want
     before = snapshot(vlm, latent)
-    loss, _, _ = stage2_codebook.joint_loss(latent, vlm, processor, batch("paired"), batch("text") if phase == "b" else None, stage2_codebook.Config())
+    text = batch("text") if phase == "b" and without != "text" else None
+    loss, _, _ = stage2_codebook.joint_loss(latent, vlm, processor, batch("paired"), text, stage2_codebook.Config(without=without))
     step(loss, (vlm, latent))
     assert_only(before, (vlm, latent), want)
+
+
+def test_stage2_ablations_leave_out_what_they_name(parts, monkeypatch):
+    processor, vlm, latent, batch = parts
+    monkeypatch.setattr("model.torch.rand_like", lambda x: torch.full_like(x, 0.5))
+    paired, text = batch("paired"), batch("text")
+    def loss(**kw):
+        with torch.no_grad():
+            return stage2_codebook.joint_loss(latent, vlm, processor, paired, text, stage2_codebook.Config(**kw))[:2]
+    full, m = loss(projector_weight=0.1)
+    bare = full - 0.1 * (m["proj"] + m["cycle"])
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+    close(loss(projector_weight=0.0)[0], bare)
+    close(loss(projector_weight=0.1, without="cycle")[0], bare + 0.1 * m["proj"])
+    latent.project = False  # as --without projector builds it
+    plain, names = loss(projector_weight=0.1, without="projector")
+    h = vlm(text)
+    assert latent.context(h, text.paired_B) is h and not {"proj", "cycle"} & set(names)
+    latent.project = True
+    assert (latent.context(h, text.paired_B) - h).abs().max() > 1e-3 and abs(plain - bare) > 1e-4
 
 
 def test_stage2_inverse_loss_does_not_reach_the_projector(parts):
@@ -320,6 +341,34 @@ def test_a_run_cut_off_ends_as_if_it_had_not_been(world, runs, tmp_path, monkeyp
     cut_off(monkeypatch, stage4_latent_rl.main, rl + ["--out", f"{tmp_path}/rl_cut"], 1)
     whole, cut = weights(tmp_path / "rl"), weights(tmp_path / "rl_cut")
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_ablated_codebooks_are_cloned_alike_and_tasks_share_a_clone(world, runs, tmp_path, monkeypatch):
+    f, read = files(world), []
+    book = ["--vlm", TINY, "--paired", f["paired"], "--text", f["text"], "--projector", f"{runs}/1", "--steps-a", "1", "--steps-b", "2", "--codes", "16",
+            "--inverse-blocks", "1", "--policy-blocks", "1", "--batch", "3", "--val", "4"]
+    clone = ["--vlm", TINY, "--paired", f["paired"], "--text", f["text"], "--demos", str(world / "task_demos.jsonl"), "--batch", "3", "--batch-adapt", "3"]
+    real = stage3_bc.batches
+    monkeypatch.setattr(stage3_bc, "batches", lambda records, *a, **kw: read.append((records.path.stem, len(records))) or real(records, *a, **kw))
+    for name, flags, want in (("no_text", ["--without", "text"], [("paired", 24)]), ("some", ["--text-rows", "7"], [("paired", 24), ("text", 7)]),
+                              ("no_projector", ["--without", "projector"], [("paired", 24), ("text", 40)])):
+        stage2_codebook.main(book + flags + ["--out", f"{tmp_path}/{name}"])
+        keys = set(common.read_metrics(tmp_path / name)[-1])
+        assert ("nll_text" in keys) == (name != "no_text") and ("proj" in keys) == (name == "some")
+        del read[:]
+        stage3_bc.main(clone + ["--init", f"{tmp_path}/{name}", "--steps-clone", "2", "--steps-adapt", "0", "--out", f"{tmp_path}/{name}_clone"])
+        assert read == want
+    del read[:]
+    stage3_bc.main(clone + ["--init", f"{tmp_path}/no_projector_clone", "--steps-adapt", "2", "--out", f"{tmp_path}/adapted"])
+    assert read == [("task_demos", 12)]
+    state = json.loads((common.latest(tmp_path / "adapted") / "state.json").read_text())
+    assert state["finished"] and state["step"] == 2 and state["arch"]["project"] is False
+    before, after = weights(tmp_path / "no_projector_clone"), weights(tmp_path / "adapted")
+    moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {"policy", "inverse", "codebook", "world"}
+    assert all((before[k] - after[k]).abs().max() < 0.01 for k in before)  # it goes on from the clone
+    with pytest.raises(DataError, match="is an SFT run"):
+        stage3_bc.main(clone + ["--init", f"{runs}/sft", "--out", f"{tmp_path}/x"])
 
 
 def test_unfinished_missing_and_wrong_runs_are_refused_by_name(runs, world, tmp_path, monkeypatch):
