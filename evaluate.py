@@ -1,4 +1,6 @@
-"""Evaluation: judge ratio on the in- and out-of-distribution tests, rollout diversity, codebook usage; table, plots, examples.
+"""Evaluation: judge ratio on a task's two tests, rollout diversity, codebook usage; table, plots, examples.
+
+Task a is role play (tests: ID, and OOD with held-out roles), task b situated personalisation (LS1, and LS2 with held-out role sets).
 
 One row for each model that is given: Prompt (the VLM as it is), SFT, BC latent (stage 3), and the two sides of RL. For each test
 prompt --samples responses are drawn at --temperature; a sample's number is the judge's score of the response over that of the
@@ -32,7 +34,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 @dataclass
 class Config:
     vlm: str = "tiny/vlm"                # folder or hub name of the vision-language model
-    data: str = "runs/world"             # folder with task_id.jsonl, task_ood.jsonl, task_prompts.jsonl, paired.jsonl, text.jsonl
+    data: str = "runs/world"             # folder with the task's tests and prompts, paired.jsonl, text.jsonl
+    task: str = "a"                      # a | b | a_val | b_val: which task's tests, or its validation set
+    prompt: str = "yes"                  # yes | no: whether the VLM as it is has a row, too
     sft: str = ""                        # finished run of stage 3 with --actions token
     bc: str = ""                         # finished run of stage 3
     token: str = ""                      # finished run of stage 4 with --actions token
@@ -51,6 +55,10 @@ class Config:
     max_new: int = 64                    # longest response, tokens
     max_pixels: int = 117600             # images are scaled down to this many pixels
     seed: int = 1000                     # seed of sampling
+
+
+TESTS = {"a": {"ID": "task_id", "OOD": "task_ood"}, "b": {"LS1": "task_b_ls1", "LS2": "task_b_ls2"},
+         "a_val": {"val": "task_val"}, "b_val": {"val": "task_b_val"}}  # the last two to choose settings on
 
 
 def respond(vlm, latent, processor, records, cfg, device, group, temperature, salt):
@@ -87,10 +95,10 @@ def training(run):
             "s_rollout": float(np.median([r["s_rollout"] for r in rows])), "s_update": float(np.median([r["s_update"] for r in rows]))}
 
 
-def table(rows):
-    lines = ["| row | ID | OOD | diversity | reward, start | reward, end | rollout, s | update, s |", "|---|---|---|---|---|---|---|---|"]
+def table(rows, tests):
+    lines = [f"| row | {' | '.join(tests)} | diversity | reward, start | reward, end | rollout, s | update, s |", "|---|---|---|---|---|---|---|---|"]
     for name, r in rows.items():
-        cells = [f"{r[t]['ratio']:.3f}" + (f" ± {r[t]['std']:.3f}" if r[t]["std"] is not None else "") for t in ("id", "ood")]
+        cells = [f"{r[t]['ratio']:.3f}" + (f" ± {r[t]['std']:.3f}" if r[t]["std"] is not None else "") for t in tests]
         cells += [f"{r['diversity']:.3f}"]
         cells += [f"{r[k]:.3f}" if k in r else "" for k in ("reward_start", "reward_end", "s_rollout", "s_update")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -142,7 +150,7 @@ def plot_usage(usage, path):
 
 def examples(out, records, answers, rolls, name):
     """examples.md: each dialogue's image, what is in it, what each model says, and the actions that the latent policy took."""
-    lines = ["# Example dialogues (out-of-distribution roles; first sample of each model)", ""]
+    lines = ["# Example dialogues (held-out roles; first sample of each model)", ""]
     for n, record in enumerate(records):
         for path in record["images"]:
             shutil.copy(path, out / f"example-{n}{Path(path).suffix}")
@@ -167,14 +175,15 @@ def main(argv=None):
     out, data = Path(cfg.out), Path(cfg.data)
     judge, embed = load_judge(cfg.judge), ngram_embed if cfg.embedder == "ngrams" else load_judge(cfg.embedder).embed
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
-    files = {k: Records(data / f"{f}.jsonl", limit=n) for k, f, n in
-             (("id", "task_id", cfg.limit), ("ood", "task_ood", cfg.limit), ("prompts", "task_prompts", cfg.diversity_prompts))}
+    tests = TESTS[cfg.task]
+    files = {k: Records(data / f"{f}.jsonl", limit=cfg.limit) for k, f in tests.items()}
+    files["prompts"] = Records(data / f"task{'_b' if cfg.task[0] == 'b' else ''}_prompts.jsonl", limit=cfg.diversity_prompts)
     for f in files.values():
         common.check(processor, f)
     files = {k: [f[i] for i in range(len(f))] for k, f in files.items()}
-    wanted = {"Prompt": ("token", None), "SFT": ("token", cfg.sft), "BC latent": ("latent", cfg.bc),
+    wanted = {"Prompt": ("token", None if cfg.prompt == "yes" else ""), "SFT": ("token", cfg.sft), "BC latent": ("latent", cfg.bc),
               "RL token": ("token", cfg.token), "RL latent": ("latent", cfg.latent)}
-    rows, answers, last_rolls = {}, {}, []
+    rows, answers, drawn, last_rolls = {}, {}, {}, []
     for name, (actions, run) in wanted.items():
         if run == "":
             continue
@@ -186,17 +195,16 @@ def main(argv=None):
             if name.startswith("RL"):
                 name = name.replace("RL", common.load(run, "--" + actions, ["stage4_latent_rl"], cfg.vlm)[1]["config"]["loss_type"].upper())
         row = {"run": run or cfg.vlm}
-        for salt, test in enumerate(("id", "ood")):
+        for salt, test in enumerate(tests):
             texts, rolls = respond(vlm, latent, processor, files[test], cfg, device, cfg.samples, cfg.temperature, salt)
             row[test] = score(judge, files[test], texts) | {"length": float(np.mean([r.mask_NT.sum(1).float().mean().item() for r in rolls]))}
         answers[name], last_rolls = texts, rolls if latent is not None else last_rolls
         texts, _ = respond(vlm, latent, processor, files["prompts"], cfg, device, cfg.group, 1.0, 2)
-        row["diversity"] = float(np.mean([rollout_diversity(embed(t)) for t in texts]))
+        row["diversity"], drawn[name] = float(np.mean([rollout_diversity(embed(t)) for t in texts])), texts
         if run in (cfg.token, cfg.latent):
             row |= training(run)
         rows[name] = row
-        common.say(f"{name}: ID {row['id']['ratio']:.3f}, OOD {row['ood']['ratio']:.3f}, diversity {row['diversity']:.3f} "
-                   f"({time.time() - began:.0f} s)")
+        common.say(f"{name}: " + ", ".join(f"{t} {row[t]['ratio']:.3f}" for t in tests) + f", diversity {row['diversity']:.3f} ({time.time() - began:.0f} s)")
     out.mkdir(parents=True, exist_ok=True)
     results = {"rows": rows, "config": asdict(cfg), "torch": torch.__version__, "device": str(device)}
     curves = {n: r["run"] for n, r in rows.items() if "reward_end" in r}
@@ -214,14 +222,15 @@ def main(argv=None):
             usage[name] = code_usage(vlm, latent, processor, [records[i] for i in range(len(records))], device)
         if last_rolls:
             taken = torch.cat([r.actions_NT[r.mask_NT] for r in last_rolls]).cpu().numpy()
-            usage["policy after RL, OOD test"] = np.bincount(taken, minlength=state["arch"]["codes"])
+            usage[f"policy after RL, {list(tests)[-1]} test"] = np.bincount(taken, minlength=state["arch"]["codes"])
         plot_usage(usage, out / "codes.png")
         results["codes"] = {k: v.astype(int).tolist() for k, v in usage.items()}
         results["codebook_val"] = state["val"]
-    examples(out, files["ood"][:6], answers, last_rolls, list(rows)[-1])
+    examples(out, files[list(tests)[-1]][:6], answers, last_rolls, list(rows)[-1])
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    (out / "table.md").write_text(table(rows) + "\n")
-    print(table(rows))
+    (out / "diversity.json").write_text(json.dumps(drawn, indent=1))  # the groups of responses, for any other embedding
+    (out / "table.md").write_text(table(rows, tests) + "\n")
+    print(table(rows, tests))
 
 
 if __name__ == "__main__":

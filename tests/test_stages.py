@@ -301,6 +301,12 @@ def test_all_stages_and_the_evaluation_run(runs, world, tmp_path):
     for name in ("curves.png", "codes.png", "examples.md", "table.md"):
         assert (tmp_path / name).stat().st_size > 0
     assert len(results["codes"]["text-only data"]) == 16
+    few = ["--limit", "2", "--samples", "1", "--diversity-prompts", "2", "--group", "3", "--max-new", "8"]
+    evaluate.main(["--vlm", TINY, "--data", str(world), "--task", "b", "--prompt", "no", "--latent", f"{runs}/4", "--out", f"{tmp_path}/b", *few])
+    rows = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]
+    assert list(rows) == ["GRPO latent"] and len(rows["GRPO latent"]["LS2"]["dimensions"]) == 5
+    drawn = json.loads((tmp_path / "b" / "diversity.json").read_text())["GRPO latent"]
+    assert [len(g) for g in drawn] == [3, 3]
 
 
 def weights(folder):
