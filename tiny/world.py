@@ -324,12 +324,13 @@ def chat(question, answer, system=None):
         {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def paired_messages(scene, rng):
-    """-> messages: one to three plain questions about one image."""
+def paired_messages(scene, rng, several_forms=False):
+    """-> messages: one to three plain questions about one image; answers in one form a question, or in several."""
     messages = []
     for k, kind in enumerate(rng.sample(KINDS, rng.choice((1, 2, 3)))):
         kind, i, question = random_question(scene, rng, kind)
-        messages += chat(("<image>" if k == 0 else "") + question, _cap(plain_body(scene, kind, i)) + ".")
+        body = rich_body(scene, kind, i, rng) if several_forms else plain_body(scene, kind, i)
+        messages += chat(("<image>" if k == 0 else "") + question, _cap(body) + ".")
     return messages
 
 
@@ -415,7 +416,8 @@ def write_world(out, seed=0, paired=1000, text=40000, demos=400, prompts=600, te
         rng = random.Random(f"paired {seed}")
         for n in range(paired):
             scene = next(s for s in iter(lambda: random_scene(rng), None) if not unseen(s))
-            yield {"id": f"paired-{n}", "images": save_image(scene, f"paired-{n}", rng), "messages": paired_messages(scene, rng)}
+            images = save_image(scene, f"paired-{n}", rng)
+            yield {"id": f"paired-{n}", "images": images, "messages": paired_messages(scene, rng, several_forms=True)}
 
     def task_rows(name, draw, roles, count, test):
         rng = random.Random(f"{name} {seed}")
