@@ -104,8 +104,8 @@ class Objective(nn.Module):
 
 
 def adamw(params, lr):
-    """The one optimizer of every stage; fused: one kernel for all parameters."""
-    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True)
+    """The one optimizer of every stage."""
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
 
 
 def wrap(module, loss):

@@ -12,6 +12,7 @@ ONE definition each of the context (`LatentModel.context`), of the world model (
 that is sampled and scored (`log_probs`), used by every stage, by the rollout and by the evaluation.
 """
 
+import contextlib
 import inspect
 import math
 from dataclasses import dataclass
@@ -39,19 +40,29 @@ class Packed(tuple):
 class PackedLinear(nn.Linear):
     """nn.Linear, whose product with few rows, without gradients, in float32 on a CPU, runs in oneDNN on a weight that was packed once.
 
-    In a decoding step that is about twice as fast as BLAS, and equal up to rounding. A weight whose version counter says that it
-    has changed is packed again."""
+    In a decoding step that is about twice as fast as BLAS, and equal up to rounding. Only for a weight that does not change: one
+    that is frozen (its version counter tells if it was loaded anew), or, within `nothing_trains`, any (optimizers need not count)."""
     enabled = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-    packed = Packed((None, None))
+    packed, still = Packed((None, None)), None
 
     def forward(self, x):
         few = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.numel() <= 128 * x.shape[-1]
-        if not few or not self.enabled or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        version = PackedLinear.still if self.weight.requires_grad else (self.weight.data_ptr(), self.weight._version)
+        if version is None or not few or not self.enabled or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        version = (self.weight.data_ptr(), self.weight._version)
         if self.packed[0] != version:
             self.packed = Packed((version, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 8)))
         return torch.ops.mkldnn._linear_pointwise(x, self.packed[1], self.bias, "none", [], "")
+
+
+@contextlib.contextmanager
+def nothing_trains():
+    """Promises that no weight changes inside: those that train are packed once, anew for each use of this."""
+    PackedLinear.still = object()
+    try:
+        yield
+    finally:
+        PackedLinear.still = None
 
 
 def pack(module):
@@ -476,6 +487,7 @@ class Rollout:
 
 
 @torch.no_grad()
+@nothing_trains()
 def rollout(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad, actions="latent"):
     """Sample `group` responses of at most u_NT.shape[1] tokens for each left-padded prompt.
 

@@ -114,19 +114,43 @@ def test_packed_product_is_the_plain_one_and_follows_its_weight():
     big, small = holder
     assert type(big) is model.PackedLinear and type(small) is torch.nn.Linear
     x = torch.randn(2, 5, 512)
+    big.requires_grad_(False)
     for change in (lambda: None, lambda: big.weight.mul_(-2), lambda: big.load_state_dict({"weight": torch.ones(300, 512), "bias": torch.zeros(300)})):
         with torch.no_grad():
             change()
             torch.testing.assert_close(big(x), x @ big.weight.T + big.bias, atol=1e-3, rtol=0)
             torch.testing.assert_close(copy.deepcopy(big)(x), big(x), atol=0, rtol=0)
-    torch.optim.SGD([big.weight], lr=1.0).step()
+    big.requires_grad_(True)
     big(x).sum().backward()  # with gradients, torch's own
     torch.testing.assert_close(big.weight.grad, x.sum((0, 1)).expand(300, 512), atol=1e-3, rtol=0)
-    with torch.no_grad():
-        before = big(x)
-        torch.optim.SGD([big.weight], lr=0.1).step()
-        assert (big(x) - before).abs().max() > 1  # an optimizer's step is seen
-        torch.testing.assert_close(big(x), x @ big.weight.T + big.bias, atol=1e-2, rtol=0)
+    for fused in (False, True):  # a fused step does not move the version counter
+        with torch.no_grad(), model.nothing_trains():
+            before = big(x)
+        torch.optim.AdamW([big.weight], lr=0.1, fused=fused).step()
+        with torch.no_grad(), model.nothing_trains():
+            assert (big(x) - before).abs().max() > 0.5
+            torch.testing.assert_close(big(x), x @ big.weight.T + big.bias, atol=1e-2, rtol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(big(x), x @ big.weight.T + big.bias, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("actions", ["latent", "token"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_rollout_is_sampled_from_the_updated_weights(monkeypatch, actions, fused):
+    """After an update the next rollout's log-probabilities are those of the new policy, whatever the optimizer tells of its steps."""
+    monkeypatch.setattr(common, "adamw", lambda params, lr: torch.optim.AdamW(params, lr=1e-2, fused=fused))
+    b = Bench(replace(SHAPE, vocab=4096), torch.device("cpu"))  # with a head that is packed
+    assert type(b.vlm.head) is model.PackedLinear
+    learn, net = b.learner(actions), b.latent.policy if actions == "latent" else b.token_vlm
+    cfg, last = stage4_latent_rl.Config(actions=actions), None
+    for _ in range(3):
+        roll = b.roll(actions)
+        with torch.no_grad():
+            logp, _ = stage4_latent_rl.sampled_logp(net, roll, cfg, b.never)
+        torch.testing.assert_close(logp, roll.logp_NT, atol=1e-4, rtol=0)
+        assert last is None or (logp - last).abs().max() > 1e-2
+        last = logp
+        learn(roll)
 
 
 def test_memory_of_the_loss_does_not_grow_with_the_vocabulary(monkeypatch):
