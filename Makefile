@@ -1,6 +1,7 @@
 # make demo   stages 1-4, the token-level baseline and the evaluation on the embedded default -> runs/demo/
 # make real   the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
 # make test   the tests
+# make tables the paper's tables in miniature, three seeds -> results/
 # make bench  what a step costs, on random weights -> runs/bench/
 # Each sets up what it needs in .venv. A finished stage is not run again; `rm -rf runs/demo` starts afresh.
 
@@ -9,7 +10,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real test bench setup mmrole
+.PHONY: demo real test bench tables setup mmrole
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -24,6 +25,9 @@ test: .venv/ready
 
 bench: .venv/ready
 	OMP_NUM_THREADS=2 $(PY) bench.py
+
+tables: runs/world/world.json
+	$(PY) tables.py
 
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world

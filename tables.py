@@ -1,0 +1,272 @@
+"""The paper's tables in miniature, on the tiny world: every run, two side by side, then mean and standard deviation over seeds.
+
+    table 1   Prompt, SFT, {GRPO, Dr.GRPO, DAPO, BNPO} x {token, latent} on tasks A (ID, OOD) and B (LS1, LS2)
+    table 2   latent GRPO: full, without the cycle loss, without the projector, without text-only data
+    table 3   rollout diversity, token and latent        table 4   seconds of a rollout, an update and a step, latent / token
+    table 5   size of the codebook; amount of text-only data (task A)
+    figure    reward against rollouts
+
+A run is a folder under --out with its log; a finished one is not run again, an unfinished one goes on where it was. `--tables` says which
+tables' runs are made; tables whose runs are not all there are left out.
+
+    python tables.py                      # tables 1 to 4
+    python tables.py --tables 12345       # table 5 as well
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import common
+from data import DataError
+from evaluate import TESTS
+from rewards import load_judge, ngram_embed, rollout_diversity
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ALGORITHMS = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "dapo": "DAPO", "bnpo": "BNPO"}
+# settings of the two sides, chosen on the validation sets with seed 7
+LATENT, TOKEN = ["--lr", "3e-4"], ["--lr", "3e-4"]
+ABLATIONS = {"without the cycle loss": ["--without", "cycle"], "without the projector": ["--without", "projector"],
+             "without text-only data": ["--without", "text"]}
+SIZES = {f"{k} codes": ["--codes", str(k)] for k in (16, 32, 64, 256)}
+AMOUNTS = {"1/4 of the text": ["--text-rows", "900"], "1/2 of the text": ["--text-rows", "1800"]}  # of 3,600 that a run reads
+
+
+@dataclass
+class Config:
+    out: str = "runs/tables"             # folder of the runs
+    results: str = "results"             # folder for the tables (Markdown), results.json and the figure
+    data: str = "runs/world"             # the tiny world
+    vlm: str = "tiny/vlm"                # folder of the vision-language model
+    tables: str = "1234"                 # which tables' runs to make
+    seeds: int = 3                       # seeds 1, 2, ... of training
+    steps: int = 100                     # RL steps
+    parallel: int = 2                    # runs side by side, one thread each
+    embedder: str = ""                   # a sentence-embedding folder: table 3 with it, too
+    short: str = "no"                    # yes | no: two steps of everything, to see that it runs
+
+
+# ----------------------------------------------------------------------------------------------------------- the runs
+def tasks_of(cfg):
+    """-> {task: (demonstrations, prompts)}"""
+    return {t: (f"{cfg.data}/task{b}_demos.jsonl", f"{cfg.data}/task{b}_prompts.jsonl") for t, b in (("a", ""), ("b", "_b"))}
+
+
+def plan(cfg):
+    """-> {folder: (command, folders it needs)} in the order in which they are wanted: seed by seed."""
+    out, jobs = Path(cfg.out), {}
+    few = {} if cfg.short == "no" else {
+        "stage1_projector": ["--steps", "2", "--batch", "2"], "stage2_codebook": ["--steps-a", "1", "--steps-b", "1", "--batch", "2", "--val", "2"],
+        "stage3_bc": ["--batch", "2", "--batch-adapt", "2"], "stage4_latent_rl": ["--batch", "2", "--group", "2", "--max-new", "6"],
+        "evaluate": ["--limit", "2", "--diversity-prompts", "2", "--group", "2", "--max-new", "6"]}
+
+    def add(name, script, *flags, needs=()):
+        jobs[str(out / name)] = ([f"{script}.py", "--vlm", cfg.vlm, "--out", str(out / name), *map(str, flags), *few.get(script, [])], [str(out / n) for n in needs])
+
+    pretrain = ["--paired", f"{cfg.data}/paired.jsonl"]
+    text = ["--text", f"{cfg.data}/text.jsonl"]
+    clone_steps, adapt_steps = ((300, 75) if cfg.short == "no" else (2, 2))
+    for s in range(1, cfg.seeds + 1):
+        seed = ["--seed", s]
+        add(f"{s}/stage1", "stage1_projector", *pretrain, *seed)
+        variants = {"full": []} | (ABLATIONS if "2" in cfg.tables else {}) | (SIZES | AMOUNTS if "5" in cfg.tables else {})
+        for variant, flags in variants.items():
+            v = variant.replace(" ", "_").replace("/", "-")
+            add(f"{s}/{v}/stage2", "stage2_codebook", *pretrain, *text, *seed, "--projector", out / f"{s}/stage1", *flags, needs=[f"{s}/stage1"])
+            add(f"{s}/{v}/clone", "stage3_bc", *pretrain, *text, *seed, "--init", out / f"{s}/{v}/stage2", "--steps-clone", clone_steps, "--steps-adapt", 0,
+                "--demos", tasks_of(cfg)["a"][0], needs=[f"{s}/{v}/stage2"])
+        for task, (demos, prompts) in tasks_of(cfg).items():
+            add(f"{s}/sft_{task}", "stage3_bc", "--actions", "token", "--demos", demos, "--steps-adapt", adapt_steps, *seed)
+            add(f"{s}/start_{task}", "evaluate", "--task", task, "--data", cfg.data, "--prompt", "yes" if s == 1 else "no",
+                "--sft", out / f"{s}/sft_{task}", "--bc", out / f"{s}/full/adapt_{task}", "--seed", 1000 + s, needs=[f"{s}/sft_{task}", f"{s}/full/adapt_{task}"])
+            for variant in variants:
+                v = variant.replace(" ", "_").replace("/", "-")
+                if task == "b" and variant in SIZES | AMOUNTS:
+                    continue
+                add(f"{s}/{v}/adapt_{task}", "stage3_bc", "--demos", demos, "--init", out / f"{s}/{v}/clone", "--steps-adapt", adapt_steps, *seed, needs=[f"{s}/{v}/clone"])
+                for algorithm in ALGORITHMS if variant == "full" else ["grpo"]:
+                    rl = ["--prompts", prompts, "--loss-type", algorithm, "--steps", cfg.steps, *seed]
+                    runs = {"latent": (f"{s}/{v}/{algorithm}_{task}", f"{s}/{v}/adapt_{task}", LATENT)}
+                    if variant == "full":
+                        runs["token"] = (f"{s}/token/{algorithm}_{task}", f"{s}/sft_{task}", TOKEN)
+                    for side, (name, init, flags) in runs.items():
+                        add(name, "stage4_latent_rl", "--actions", side, "--init", out / init, *rl, *flags, needs=[init])
+                        add(f"{name}_eval", "evaluate", "--task", task, "--data", cfg.data, "--prompt", "no", f"--{side}", out / name, "--seed", 1000 + s, needs=[name])
+    return jobs
+
+
+def finished(folder):
+    if (Path(folder) / "results.json").exists():
+        return True
+    state = common.latest(folder)
+    return state is not None and json.loads((state / "state.json").read_text())["finished"]
+
+
+def run_all(jobs, parallel):
+    """Run what is not finished, as soon as what it needs is. Raises DataError at the first failure, which leaves all others' work in place."""
+    left = {n: job for n, job in jobs.items() if not finished(n)}
+    done, total, began, lock = {n for n in jobs if n not in left}, len(left), time.time(), threading.Lock()
+
+    def run(name):
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with open(Path(name) / "log.txt", "a") as log:
+            code = subprocess.run([sys.executable, *left[name][0]], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        with lock:
+            common.say(f"{(time.time() - began) / 60:6.1f} min  {len(done) + len(left) - total + 1:4d}  {name}")
+        if code:
+            raise DataError(f"{name}: stopped with exit status {code}; see {name}/log.txt, then run tables.py again: it goes on from here")
+        return name
+
+    with ThreadPoolExecutor(parallel) as pool:
+        running, waiting = set(), list(left)
+        while waiting or running:
+            ready = [n for n in waiting if all(d in done for d in left[n][1])][:parallel - len(running)]
+            waiting = [n for n in waiting if n not in ready]
+            running |= {pool.submit(run, n) for n in ready}
+            finished_now, running = wait(running, return_when=FIRST_COMPLETED)
+            done |= {f.result() for f in finished_now}
+
+
+# --------------------------------------------------------------------------------------------------------- the tables
+class Collected:
+    """What the runs have left, by seed."""
+
+    def __init__(self, cfg):
+        self.cfg, self.out = cfg, Path(cfg.out)
+        self.seeds = range(1, cfg.seeds + 1)
+        self.embed = load_judge(cfg.embedder).embed if cfg.embedder else None
+
+    def read(self, name, file="results.json"):
+        return json.loads((self.out / name / file).read_text())
+
+    def row(self, name, row=None):
+        """The one row of an evaluation, or the named one."""
+        rows = self.read(name)["rows"]
+        return rows[row] if row else next(iter(rows.values()))
+
+    def tests(self, task, name, row=None, seeds=None):
+        """-> {test: [ratio of each seed]}; `name` has a {s}."""
+        return {t: [self.row(name.format(s=s), row)[t]["ratio"] for s in seeds or self.seeds] for t in TESTS[task]}
+
+    def diversity(self, name, embed):
+        """Mean over prompts, for each seed."""
+        return [float(np.mean([rollout_diversity(embed(g)) for g in next(iter(self.read(name.format(s=s), "diversity.json").values()))])) for s in self.seeds]
+
+
+def side(which, algorithm, task):
+    """The folder of an RL run, with {s} for the seed."""
+    return "{s}/" + ("full" if which == "latent" else "token") + f"/{algorithm}_{task}"
+
+
+def spread(values, digits=3):
+    """mean ± standard deviation over seeds."""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def markdown(head, rows):
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(r) + " |" for r in rows]) + "\n"
+
+
+def test_rows(rows):
+    """{name: {test: [values by seed]}} -> Markdown; the last column is the average of the tests."""
+    tests = list(next(iter(rows.values())))
+    return markdown(["row", *tests, "average"], [[name, *(spread(v[t]) for t in tests), spread(np.mean([v[t] for t in tests], 0))] for name, v in rows.items()])
+
+
+def table1(c):
+    rows = {"Prompt": c.tests("a", "1/start_a", "Prompt", [1]) | c.tests("b", "1/start_b", "Prompt", [1])}
+    for name in ("SFT", "BC latent"):
+        rows[name] = c.tests("a", "{s}/start_a", name) | c.tests("b", "{s}/start_b", name)
+    for algorithm, label in ALGORITHMS.items():
+        for which in ("token", "latent"):
+            rows[f"{label} {which}"] = {t: v for task in "ab" for t, v in c.tests(task, side(which, algorithm, task) + "_eval").items()}
+    return rows, test_rows(rows)
+
+
+def table2(c):
+    rows = {}
+    for variant in ("full", *ABLATIONS):
+        v = variant.replace(" ", "_")
+        rows[variant] = {t: x for task in "ab" for t, x in c.tests(task, "{s}/" + f"{v}/grpo_{task}_eval").items()}
+    return rows, test_rows(rows)
+
+
+def table3(c):
+    embeddings = {"words and word pairs": ngram_embed} | ({"sentence model": c.embed} if c.embed else {})
+    rows = {f"{label}, task {task.upper()}, {e}": {which: c.diversity(side(which, algorithm, task) + "_eval", f) for which in ("token", "latent")}
+            for e, f in embeddings.items() for task in "ab" for algorithm, label in ALGORITHMS.items()}
+    return rows, markdown(["rollouts of 8, by embedding", "token", "latent", "latent / token"],
+                          [[n, spread(v["token"]), spread(v["latent"]), spread(np.divide(v["latent"], v["token"]), 2)] for n, v in rows.items()])
+
+
+def table4(c):
+    rows = {}
+    for task in "ab":
+        for algorithm, label in ALGORITHMS.items():
+            cost = {w: [[np.median([r[k] for r in common.read_metrics(c.out / side(w, algorithm, task).format(s=s))]) for k in ("s_rollout", "s_update")]
+                        for s in c.seeds] for w in ("token", "latent")}
+            t, l = (np.array([[a, b, a + b] for a, b in cost[w]]) for w in ("token", "latent"))
+            rows[f"{label}, task {task.upper()}"] = (l / t).tolist()
+    return rows, markdown(["latent / token", "rollout", "update", "both"], [[n, *(spread(col, 2) for col in np.transpose(v))] for n, v in rows.items()])
+
+
+def table5(c):
+    order = {"no text": "without_text-only_data", "1/4 of the text": "1-4_of_the_text", "1/2 of the text": "1-2_of_the_text", "all of it, 128 codes": "full"}
+    order = {k.replace(" codes", " codes"): k.replace(" ", "_") for k in SIZES} | order
+    rows = {n: c.tests("a", "{s}/" + f"{v}/grpo_a_eval") for n, v in order.items()}
+    return rows, test_rows(rows)
+
+
+def figure(c, path):
+    fig, axes = plt.subplots(2, 4, figsize=(14, 6), sharex=True, sharey="row")
+    for task, line in zip("ab", axes):
+        for (algorithm, label), axis in zip(ALGORITHMS.items(), line):
+            for which, colour in (("token", "tab:orange"), ("latent", "tab:blue")):
+                runs = [common.read_metrics(c.out / side(which, algorithm, task).format(s=s)) for s in c.seeds]
+                y = np.array([[r["reward"] for r in rows] for rows in runs])
+                k = max(1, y.shape[1] // 10)
+                y = np.stack([np.convolve(np.pad(v, (k - 1, 0), mode="edge"), np.ones(k) / k, "valid") for v in y])
+                state = json.loads((common.latest(c.out / side(which, algorithm, task).format(s=1)) / "state.json").read_text())["config"]
+                x = np.arange(1, y.shape[1] + 1) * state["batch"] * state["group"]
+                axis.plot(x, y.mean(0), color=colour, label=which)
+                axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, linewidth=0)
+            axis.set_title(f"{label}, task {task.upper()}", fontsize=10)
+    axes[0, 0].legend()
+    for axis in axes[1]:
+        axis.set_xlabel("rollouts")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("reward: mean, range over seeds")
+    fig.tight_layout(), fig.savefig(path, dpi=110), plt.close(fig)
+
+
+def main(argv=None):
+    cfg = common.parse_config(Config, __doc__, argv)
+    jobs, began = plan(cfg), time.time()
+    run_all(jobs, cfg.parallel)
+    results = Path(cfg.results)
+    results.mkdir(parents=True, exist_ok=True)
+    collected = {"config": asdict(cfg), "minutes": round((time.time() - began) / 60, 1)}
+    c = Collected(cfg)
+    for n, make in (("1", table1), ("2", table2), ("3", table3), ("4", table4), ("5", table5)):
+        if n in cfg.tables:
+            rows, text = make(c)
+            collected[f"table{n}"] = rows
+            (results / f"table{n}.md").write_text(text)
+            print(f"\nTable {n}\n\n{text}")
+    figure(c, results / "rewards.png")
+    (results / "results.json").write_text(json.dumps(collected, indent=1))
+
+
+if __name__ == "__main__":
+    common.run(main)
