@@ -51,7 +51,7 @@ class Config:
     steps: int = 100                         # rollouts of batch * group responses, one update each
     batch: int = 8                           # prompts a step and rank (paper: 4 in all)
     group: int = 8                           # responses to each prompt (paper: 8)
-    lr: float = 3e-4                         # constant learning rate (paper: 1e-6)
+    lr: float = 1e-3                         # constant learning rate (paper: 1e-6)
     beta: float = 0.01                       # weight of the KL to the policy that RL started from
     clip_low: float = 0.2                    # the ratio is clipped from below at 1 - clip_low
     clip_high: float = 0.0                   # and from above at 1 + clip_high; 0: 0.28 for dapo, else 0.2

@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ALGORITHMS = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "dapo": "DAPO", "bnpo": "BNPO"}
 # settings of the two sides, chosen on the validation sets with seed 7
-LATENT, TOKEN = ["--lr", "3e-4"], ["--lr", "3e-4"]
+LATENT, TOKEN = ["--lr", "1e-3"], ["--lr", "1e-3"]
 ABLATIONS = {"without the cycle loss": ["--without", "cycle"], "without the projector": ["--without", "projector"],
              "without text-only data": ["--without", "text"]}
 SIZES = {f"{k} codes": ["--codes", str(k)] for k in (16, 32, 64, 256)}
