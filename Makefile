@@ -51,7 +51,7 @@ real: S1 = --steps 60 --batch 8
 real: S2 = --steps-a 40 --steps-b 60 --batch 6
 real: S3 = --steps-clone 50 --steps-adapt 30 --batch 6 --batch-adapt 8
 real: SFT = --steps-adapt 60 --batch-adapt 8
-real: RL = --prompts $(OUT)/data/task_prompts.jsonl --judge $(JUDGE) --steps 12 --batch 4 --max-new 48 --max-prompt 512
+real: RL = --prompts $(OUT)/data/task_prompts.jsonl --judge $(JUDGE) --steps 12 --batch 4 --lr 3e-4 --max-new 48 --max-prompt 512
 real: EVAL = --max-pixels 9408 --data $(OUT)/data --judge $(JUDGE) --embedder $(JUDGE) --limit 24 --samples 1 --diversity-prompts 6 --batch 12 --max-new 48 --max-prompt 512
 
 demo: .venv/ready runs/world/world.json
