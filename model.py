@@ -375,8 +375,8 @@ class LatentModel(nn.Module):
         return [n for n, p in self.named_parameters() if p.requires_grad]
 
     def context(self, h_BTD, paired_B):
-        """e^VT, the one definition: h where the row has an image, mu of P(h) where it is text alone."""
-        if not self.project or bool(paired_B.all()):
+        """e^VT, the one definition: h where the row has an image, mu of P(h) where it is text alone. paired_B None: all have one."""
+        if not self.project or paired_B is None:
             return h_BTD
         mu = self.projector.P.mean(h_BTD).to(h_BTD.dtype)
         return torch.where(paired_B[:, None, None], h_BTD, mu)
@@ -501,7 +501,8 @@ def rollout(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, nev
     cache = roomy_cache(len(vlm.text.layers), L + T)
     h_BLD = vlm(prompt, cache, positions)
     cache.batch_repeat_interleave(group)
-    deltas_N1, paired_N = positions[1].repeat_interleave(group, 0), prompt.paired_B.repeat_interleave(group)
+    deltas_N1 = positions[1].repeat_interleave(group, 0)
+    paired_N = None if bool(prompt.paired_B.all()) else prompt.paired_B.repeat_interleave(group)  # asked once, not at each token
     mask_NS = None  # where no prompt is padded, nothing is
     if prompt.padded:
         mask_NS = torch.cat((prompt.mask_BT.repeat_interleave(group, 0), torch.ones(N, T, dtype=torch.bool, device=device)), 1)
