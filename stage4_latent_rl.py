@@ -250,8 +250,10 @@ def main(argv=None):
         r = torch.nan_to_num(r_BG)
         n = common.total((~failed_BG).sum()).clamp(min=1)
         spread = torch.from_numpy(np.nanstd(r_BG.cpu().numpy(), axis=1)).mean()
+        different = sum(len(set(texts[k:k + cfg.group])) for k in range(0, len(texts), cfg.group)) / len(texts)
         log(step + 1, ("reward", "reward_std", "equal_groups", "entropy", "kl", "length"), reward=common.total(r.sum()) / n,
             reward_std=common.total(spread) / ranks, equal_groups=common.total(equal_B.float().mean()) / ranks,
+            different=common.total(torch.tensor(different, device=device)) / ranks,
             judge_failed=common.total(failed_BG.sum()), length=common.total(roll.mask_NT.sum(1).float().mean()) / ranks,
             truncated=common.total((~(roll.tokens_NT == processor.eos_id).any(1)).float().mean()) / ranks,
             s_rollout=rolled - began, s_judge=judged - rolled, s_update=updated - judged, **metrics)

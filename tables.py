@@ -6,8 +6,8 @@
     table 5   size of the codebook; amount of text-only data (task A)
     figure    reward against rollouts
 
-A run is a folder under --out with its log; a finished one is not run again, an unfinished one goes on where it was. `--tables` says which
-tables' runs are made; tables whose runs are not all there are left out.
+Beside them: the judge's dimensions, and what the RL runs logged. A run is a folder under --out with its log; a finished one is not run again, an
+unfinished one goes on where it was. The tables are written after each seed.
 
     python tables.py                      # tables 1 to 4
     python tables.py --tables 12345       # table 5 as well
@@ -63,8 +63,8 @@ def tasks_of(cfg):
     return {t: (f"{cfg.data}/task{b}_demos.jsonl", f"{cfg.data}/task{b}_prompts.jsonl") for t, b in (("a", ""), ("b", "_b"))}
 
 
-def plan(cfg):
-    """-> {folder: (command, folders it needs)} in the order in which they are wanted: seed by seed."""
+def plan(cfg, seeds=None):
+    """-> {folder: (command, folders it needs)} in the order in which they are wanted; `seeds` None: all of them."""
     out, jobs = Path(cfg.out), {}
     few = {} if cfg.short == "no" else {
         "stage1_projector": ["--steps", "2", "--batch", "2"], "stage2_codebook": ["--steps-a", "1", "--steps-b", "1", "--batch", "2", "--val", "2"],
@@ -77,7 +77,7 @@ def plan(cfg):
     pretrain = ["--paired", f"{cfg.data}/paired.jsonl"]
     text = ["--text", f"{cfg.data}/text.jsonl"]
     clone_steps, adapt_steps = ((300, 75) if cfg.short == "no" else (2, 2))
-    for s in range(1, cfg.seeds + 1):
+    for s in range(1, cfg.seeds + 1) if seeds is None else seeds:
         seed = ["--seed", s]
         add(f"{s}/stage1", "stage1_projector", *pretrain, *seed)
         variants = {"full": []} | (ABLATIONS if "2" in cfg.tables else {}) | (SIZES | AMOUNTS if "5" in cfg.tables else {})
@@ -120,8 +120,11 @@ def run_all(jobs, parallel):
 
     def run(name):
         Path(name).mkdir(parents=True, exist_ok=True)
+        start = time.time()
         with open(Path(name) / "log.txt", "a") as log:
             code = subprocess.run([sys.executable, *left[name][0]], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        with open(Path(name) / "seconds.txt", "a") as f:  # a line for each time it was started
+            f.write(f"{time.time() - start:.1f}\n")
         with lock:
             common.say(f"{(time.time() - began) / 60:6.1f} min  {len(done) + len(left) - total + 1:4d}  {name}")
         if code:
@@ -142,9 +145,9 @@ def run_all(jobs, parallel):
 class Collected:
     """What the runs have left, by seed."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, seeds=None):
         self.cfg, self.out = cfg, Path(cfg.out)
-        self.seeds = range(1, cfg.seeds + 1)
+        self.seeds = seeds or range(1, cfg.seeds + 1)
         self.embed = load_judge(cfg.embedder).embed if cfg.embedder else None
 
     def read(self, name, file="results.json"):
@@ -228,16 +231,48 @@ def table5(c):
     return rows, test_rows(rows)
 
 
+def dimensions(c):
+    """The judge's dimensions on the held-out tests: where a side gains. Scores out of 10; {row: {dimension: [by seed]}} for each task."""
+    rows, text = {}, ""
+    for task, test in (("a", "OOD"), ("b", "LS2")):
+        folders = {"SFT": ("{s}/start_" + task, "SFT"), "BC latent": ("{s}/start_" + task, "BC latent")}
+        folders |= {f"GRPO {w}": (side(w, "grpo", task) + "_eval", None) for w in ("token", "latent")}
+        scores = {n: [c.row(f.format(s=s), row)[test]["dimensions"] for s in c.seeds] for n, (f, row) in folders.items()}
+        rows[test] = {n: {d: [x[d][0] for x in by_seed] for d in by_seed[0]} for n, by_seed in scores.items()}
+        reference = {d: x[1] for d, x in scores["SFT"][0].items()}
+        text += markdown([f"task {task.upper()}, {test}", *reference], [["reference", *(f"{x:.1f}" for x in reference.values())]]
+                         + [[n, *(spread(v, 1) for v in x.values())] for n, x in rows[test].items()]) + "\n"
+    return rows, text
+
+
+LOGGED = ("reward", "reward_std", "equal_groups", "different", "entropy", "kl", "length")
+
+
+def training(c, last=20):
+    """What stage 4 logs, mean of the last steps (and the reward of the first ones)."""
+    rows = {}
+    for task in "ab":
+        for algorithm, label in ALGORITHMS.items():
+            for which in ("token", "latent"):
+                logs = [common.read_metrics(c.out / side(which, algorithm, task).format(s=s)) for s in c.seeds]
+                rows[f"{label} {which}, task {task.upper()}"] = {"reward, start": [float(np.mean([r["reward"] for r in log[:5]])) for log in logs]} | {
+                    k: [float(np.mean([r[k] for r in log[-last:]])) for log in logs] for k in LOGGED}
+    return rows, markdown([f"last {last} steps", "reward, first 5", *LOGGED], [[n, *(spread(x, 2) for x in v.values())] for n, v in rows.items()])
+
+
 def figure(c, path):
+    """Draw it -> the reward of every step, {panel: {side: [[reward] by seed]}}."""
+    curves = {}
     fig, axes = plt.subplots(2, 4, figsize=(14, 6), sharex=True, sharey="row")
     for task, line in zip("ab", axes):
         for (algorithm, label), axis in zip(ALGORITHMS.items(), line):
             for which, colour in (("token", "tab:orange"), ("latent", "tab:blue")):
                 runs = [common.read_metrics(c.out / side(which, algorithm, task).format(s=s)) for s in c.seeds]
                 y = np.array([[r["reward"] for r in rows] for rows in runs])
+                curves.setdefault(f"{label}, task {task.upper()}", {})[which] = y.round(3).tolist()
                 k = max(1, y.shape[1] // 10)
                 y = np.stack([np.convolve(np.pad(v, (k - 1, 0), mode="edge"), np.ones(k) / k, "valid") for v in y])
-                state = json.loads((common.latest(c.out / side(which, algorithm, task).format(s=1)) / "state.json").read_text())["config"]
+                state = json.loads((common.latest(c.out / side(which, algorithm, task).format(s=c.seeds[0])) / "state.json").read_text())["config"]
                 x = np.arange(1, y.shape[1] + 1) * state["batch"] * state["group"]
                 axis.plot(x, y.mean(0), color=colour, label=which)
                 axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, linewidth=0)
@@ -248,24 +283,30 @@ def figure(c, path):
     for axis in axes[:, 0]:
         axis.set_ylabel("reward: mean, range over seeds")
     fig.tight_layout(), fig.savefig(path, dpi=110), plt.close(fig)
+    return curves
+
+
+def report(cfg, seeds):
+    """Tables, figure and results.json of the seeds whose runs are all there."""
+    results, c = Path(cfg.results), Collected(cfg, seeds)
+    results.mkdir(parents=True, exist_ok=True)
+    seconds = [float(x) for n in plan(cfg, seeds) for x in (Path(n) / "seconds.txt").read_text().split()]
+    collected = {"config": asdict(cfg), "seeds": list(seeds), "runs": len(plan(cfg, seeds)), "minutes": round(sum(seconds) / cfg.parallel / 60, 1)}
+    makers = {"1": (("table1", table1), ("dimensions", dimensions), ("training", training)), "2": (("table2", table2),), "3": (("table3", table3),),
+              "4": (("table4", table4),), "5": (("table5", table5),)}
+    for name, make in (pair for n in cfg.tables for pair in makers[n]):
+        collected[name], text = make(c)
+        (results / f"{name}.md").write_text(text)
+        print(f"\n{name}, seeds {', '.join(map(str, seeds))}\n\n{text}")
+    collected["rewards"] = figure(c, results / "rewards.png")
+    (results / "results.json").write_text(json.dumps(collected, indent=1))
 
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    jobs, began = plan(cfg), time.time()
-    run_all(jobs, cfg.parallel)
-    results = Path(cfg.results)
-    results.mkdir(parents=True, exist_ok=True)
-    collected = {"config": asdict(cfg), "minutes": round((time.time() - began) / 60, 1)}
-    c = Collected(cfg)
-    for n, make in (("1", table1), ("2", table2), ("3", table3), ("4", table4), ("5", table5)):
-        if n in cfg.tables:
-            rows, text = make(c)
-            collected[f"table{n}"] = rows
-            (results / f"table{n}.md").write_text(text)
-            print(f"\nTable {n}\n\n{text}")
-    figure(c, results / "rewards.png")
-    (results / "results.json").write_text(json.dumps(collected, indent=1))
+    for s in range(1, cfg.seeds + 1):
+        run_all(plan(cfg, [s]), cfg.parallel)
+        report(cfg, range(1, s + 1))
 
 
 if __name__ == "__main__":

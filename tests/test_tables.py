@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 import tables
@@ -47,11 +46,10 @@ def test_the_queue_resumes_and_names_what_failed(tmp_path):
 
 def test_tables_are_means_and_deviations_over_seeds(tmp_path):
     cfg = tables.Config(out=str(tmp_path), seeds=3)
-    rng = np.random.default_rng(0)
 
     def write(name, row, tests, base):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        rows = {row: {t: {"ratio": base + k} for k, t in enumerate(tests)}}
+        rows = {row: {t: {"ratio": base + k, "dimensions": {"Tone": [base, 9.0]}} for k, t in enumerate(tests)}}
         have = tmp_path / name / "results.json"
         rows |= json.loads(have.read_text())["rows"] if have.exists() else {}
         have.write_text(json.dumps({"rows": rows}))
@@ -69,7 +67,7 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
                     run.mkdir(parents=True)
                     (run / "ckpt-000001").mkdir()
                     (run / "ckpt-000001" / "state.json").write_text(json.dumps({"finished": True, "config": {"batch": 2, "group": 4}}))
-                    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": k, "reward": rng.random(), "s_rollout": 1.0 + (which == "full"),
+                    (run / "metrics.jsonl").write_text("".join(json.dumps(dict.fromkeys(tables.LOGGED, k) | {"step": k, "s_rollout": 1.0 + (which == "full"),
                                                                           "s_update": 2.0 - (which == "full")}) + "\n" for k in (1, 2, 3)))
             for variant in tables.ABLATIONS:
                 write(f"{s}/{variant.replace(' ', '_')}/grpo_{task}_eval", "x", tests, x - 1)
@@ -82,5 +80,9 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
     assert rows["BNPO, task B, words and word pairs"]["token"] == pytest.approx([1, 1, 1]) and min(rows["GRPO, task A, words and word pairs"]["latent"]) > 2
     rows, text = tables.table4(c)
     assert "| Dr.GRPO, task B | 2.00 ± 0.00 | 0.50 ± 0.00 | 1.00 ± 0.00 |" in text
-    tables.figure(c, tmp_path / "rewards.png")
+    assert "| reference | 9.0 |\n| SFT | 3.0 ± 2.6 |" in tables.dimensions(c)[1]
+    rows, text = tables.training(c, last=2)
+    assert rows["DAPO token, task B"] == {"reward, start": [2.0] * 3} | dict.fromkeys(tables.LOGGED, [2.5] * 3) and "| 2.50 ± 0.00 |" in text
+    curves = tables.figure(c, tmp_path / "rewards.png")
+    assert curves["BNPO, task B"]["latent"] == [[1, 2, 3]] * 3
     assert (tmp_path / "rewards.png").stat().st_size > 10000
