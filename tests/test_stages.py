@@ -300,7 +300,7 @@ def test_all_stages_and_the_evaluation_run(runs, world, tmp_path):
     assert list(results["rows"]) == ["Prompt", "SFT", "BC latent", "GRPO token", "GRPO latent"]
     for name in ("curves.png", "codes.png", "examples.md", "table.md"):
         assert (tmp_path / name).stat().st_size > 0
-    assert len(results["codes"]["text-only data"]) == 16
+    assert all(len(x) == 16 for x in results["codes"]["text-only data"].values()) and set(results["codes"]["text-only data"]) == set(evaluate.STYLES)
     few = ["--limit", "2", "--samples", "1", "--diversity-prompts", "2", "--group", "3", "--max-new", "8"]
     evaluate.main(["--vlm", TINY, "--data", str(world), "--task", "b", "--prompt", "no", "--latent", f"{runs}/4", "--out", f"{tmp_path}/b", *few])
     rows = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]
