@@ -162,9 +162,10 @@ class Collected:
         """-> {test: [ratio of each seed]}; `name` has a {s}."""
         return {t: [self.row(name.format(s=s), row)[t]["ratio"] for s in seeds or self.seeds] for t in TESTS[task]}
 
-    def diversity(self, name, embed):
-        """Mean over prompts, for each seed."""
-        return [float(np.mean([rollout_diversity(embed(g)) for g in next(iter(self.read(name.format(s=s), "diversity.json").values()))])) for s in self.seeds]
+    def diversity(self, name, embed, row=None):
+        """Mean over prompts, for each seed, of the one row of an evaluation, or of the named one."""
+        drawn = [self.read(name.format(s=s), "diversity.json") for s in self.seeds]
+        return [float(np.mean([rollout_diversity(embed(g)) for g in (d[row] if row else next(iter(d.values())))])) for d in drawn]
 
 
 def side(which, algorithm, task):
@@ -206,10 +207,14 @@ def table2(c):
 
 
 def table3(c):
-    embeddings = {"words and word pairs": ngram_embed} | ({"sentence model": c.embed} if c.embed else {})
-    rows = {f"{label}, task {task.upper()}, {e}": {which: c.diversity(side(which, algorithm, task) + "_eval", f) for which in ("token", "latent")}
-            for e, f in embeddings.items() for task in "ab" for algorithm, label in ALGORITHMS.items()}
-    return rows, markdown(["rollouts of 8, by embedding", "token", "latent", "latent / token"],
+    embeddings = {"words and word pairs": ngram_embed} | ({"sentence-embedding model": c.embed} if c.embed else {})
+    rows = {}
+    for e, f in embeddings.items():
+        for task in "ab":
+            rows[f"before RL, task {task.upper()}, {e}"] = {w: c.diversity("{s}/start_" + task, f, n) for w, n in (("token", "SFT"), ("latent", "BC latent"))}
+            for algorithm, label in ALGORITHMS.items():
+                rows[f"{label}, task {task.upper()}, {e}"] = {w: c.diversity(side(w, algorithm, task) + "_eval", f) for w in ("token", "latent")}
+    return rows, markdown(["8 rollouts of a prompt, by embedding", "token", "latent", "latent / token"],
                           [[n, spread(v["token"]), spread(v["latent"]), spread(np.divide(v["latent"], v["token"]), 2)] for n, v in rows.items()])
 
 
@@ -291,7 +296,7 @@ def report(cfg, seeds):
     results, c = Path(cfg.results), Collected(cfg, seeds)
     results.mkdir(parents=True, exist_ok=True)
     seconds = [float(x) for n in plan(cfg, seeds) for x in (Path(n) / "seconds.txt").read_text().split()]
-    collected = {"config": asdict(cfg), "seeds": list(seeds), "runs": len(plan(cfg, seeds)), "minutes": round(sum(seconds) / cfg.parallel / 60, 1)}
+    collected = {"config": asdict(cfg) | {"embedder": Path(cfg.embedder).parent.name}, "seeds": list(seeds), "runs": len(plan(cfg, seeds)), "minutes": round(sum(seconds) / cfg.parallel / 60, 1)}
     makers = {"1": (("table1", table1), ("dimensions", dimensions), ("training", training)), "2": (("table2", table2),), "3": (("table3", table3),),
               "4": (("table4", table4),), "5": (("table5", table5),)}
     for name, make in (pair for n in cfg.tables for pair in makers[n]):

@@ -54,7 +54,9 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
         rows |= json.loads(have.read_text())["rows"] if have.exists() else {}
         have.write_text(json.dumps({"rows": rows}))
         same, other = ["a red star"] * 2, ["a red star", "two blue rings"]  # diversity 1, and that of different sentences
-        (tmp_path / name / "diversity.json").write_text(json.dumps({row: [same, same] if "token" in name else [other, other]}))
+        have = tmp_path / name / "diversity.json"
+        drawn = {row: [same, same] if "token" in name or row == "SFT" else [other, other]}
+        have.write_text(json.dumps((json.loads(have.read_text()) if have.exists() else {}) | drawn))
 
     for s, x in ((1, 1.0), (2, 2.0), (3, 6.0)):  # mean 3, deviation sqrt((4 + 1 + 9) / 2)
         for task, tests in (("a", ("ID", "OOD")), ("b", ("LS1", "LS2"))):
@@ -78,6 +80,8 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
     assert "| without the cycle loss | 2.000 ± 2.646 |" in tables.table2(c)[1] and "| full | 3.000" in tables.table2(c)[1]
     rows, text = tables.table3(c)
     assert rows["BNPO, task B, words and word pairs"]["token"] == pytest.approx([1, 1, 1]) and min(rows["GRPO, task A, words and word pairs"]["latent"]) > 2
+    assert rows["before RL, task A, words and word pairs"]["token"] == pytest.approx([1, 1, 1])
+    assert min(rows["before RL, task B, words and word pairs"]["latent"]) > 2
     rows, text = tables.table4(c)
     assert "| Dr.GRPO, task B | 2.00 ± 0.00 | 0.50 ± 0.00 | 1.00 ± 0.00 |" in text
     assert "| reference | 9.0 |\n| SFT | 3.0 ± 2.6 |" in tables.dimensions(c)[1]
