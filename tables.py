@@ -4,13 +4,14 @@
     table 2   latent GRPO: full, without the cycle loss, without the projector, without text-only data
     table 3   rollout diversity, token and latent        table 4   seconds of a rollout, an update and a step, latent / token
     table 5   size of the codebook; amount of text-only data (task A)
+    table 6   the learning rate of RL (task A)
     figure    reward against rollouts
 
 Beside them: the judge's dimensions, and what the RL runs logged. A run is a folder under --out with its log; a finished one is not run again, an
 unfinished one goes on where it was. The tables are written after each seed.
 
     python tables.py                      # tables 1 to 4
-    python tables.py --tables 12345       # table 5 as well
+    python tables.py --tables 123456      # all of them
 """
 
 import json
@@ -35,8 +36,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ALGORITHMS = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "dapo": "DAPO", "bnpo": "BNPO"}
-# settings of the two sides, chosen on the validation sets with seed 7
-LATENT, TOKEN = ["--lr", "1e-3"], ["--lr", "1e-3"]
+RATE = "1e-3"  # of both sides, chosen on the validation sets with seed 7
+LOWER_RATES = ("1e-4", "3e-4")
 ABLATIONS = {"without the cycle loss": ["--without", "cycle"], "without the projector": ["--without", "projector"],
              "without text-only data": ["--without", "text"]}
 SIZES = {f"{k} codes": ["--codes", str(k)] for k in (16, 32, 64, 256)}
@@ -95,13 +96,14 @@ def plan(cfg, seeds=None):
                 if task == "b" and variant in SIZES | AMOUNTS:
                     continue
                 add(f"{s}/{v}/adapt_{task}", "stage3_bc", "--demos", demos, "--init", out / f"{s}/{v}/clone", "--steps-adapt", adapt_steps, *seed, needs=[f"{s}/{v}/clone"])
-                for algorithm in ALGORITHMS if variant == "full" else ["grpo"]:
-                    rl = ["--prompts", prompts, "--loss-type", algorithm, "--steps", cfg.steps, *seed]
-                    runs = {"latent": (f"{s}/{v}/{algorithm}_{task}", f"{s}/{v}/adapt_{task}", LATENT)}
-                    if variant == "full":
-                        runs["token"] = (f"{s}/token/{algorithm}_{task}", f"{s}/sft_{task}", TOKEN)
-                    for side, (name, init, flags) in runs.items():
-                        add(name, "stage4_latent_rl", "--actions", side, "--init", out / init, *rl, *flags, needs=[init])
+                runs = [(algorithm, RATE, "") for algorithm in (ALGORITHMS if variant == "full" else ["grpo"])]
+                runs += [("grpo", lr, f"_{lr}") for lr in LOWER_RATES if "6" in cfg.tables and variant == "full" and task == "a"]
+                for algorithm, lr, suffix in runs:
+                    for side in ("token", "latent") if variant == "full" else ["latent"]:
+                        init = f"{s}/{v}/adapt_{task}" if side == "latent" else f"{s}/sft_{task}"
+                        name = f"{s}/{v if side == 'latent' else 'token'}/{algorithm}_{task}{suffix}"
+                        add(name, "stage4_latent_rl", "--actions", side, "--init", out / init, "--prompts", prompts, "--loss-type", algorithm,
+                            "--lr", lr, "--steps", cfg.steps, *seed, needs=[init])
                         add(f"{name}_eval", "evaluate", "--task", task, "--data", cfg.data, "--prompt", "no", f"--{side}", out / name, "--seed", 1000 + s, needs=[name])
     return jobs
 
@@ -113,8 +115,9 @@ def finished(folder):
     return state is not None and json.loads((state / "state.json").read_text())["finished"]
 
 
-def run_all(jobs, parallel):
-    """Run what is not finished, as soon as what it needs is. Raises DataError at the first failure, which leaves all others' work in place."""
+def run_all(jobs, parallel, after=lambda done: None):
+    """Run what is not finished, as soon as what it needs is; `after` is told what is done, at the start and then each time that a run ends.
+    Raises DataError at the first failure, which leaves all others' work in place."""
     left = {n: job for n, job in jobs.items() if not finished(n)}
     done, total, began, lock = {n for n in jobs if n not in left}, len(left), time.time(), threading.Lock()
 
@@ -133,12 +136,14 @@ def run_all(jobs, parallel):
 
     with ThreadPoolExecutor(parallel) as pool:
         running, waiting = set(), list(left)
+        after(done)
         while waiting or running:
             ready = [n for n in waiting if all(d in done for d in left[n][1])][:parallel - len(running)]
             waiting = [n for n in waiting if n not in ready]
             running |= {pool.submit(run, n) for n in ready}
             finished_now, running = wait(running, return_when=FIRST_COMPLETED)
             done |= {f.result() for f in finished_now}
+            after(done)
 
 
 # --------------------------------------------------------------------------------------------------------- the tables
@@ -265,6 +270,15 @@ def training(c, last=20):
     return rows, markdown([f"last {last} steps", "reward, first 5", *LOGGED], [[n, *(spread(x, 2) for x in v.values())] for n, v in rows.items()])
 
 
+def table6(c):
+    rows = {}
+    for lr in (*LOWER_RATES, RATE):
+        suffix = "" if lr == RATE else f"_{lr}"
+        for which in ("token", "latent"):
+            rows[f"GRPO {which}, {lr}"] = c.tests("a", side(which, "grpo", "a") + suffix + "_eval")
+    return rows, test_rows(rows)
+
+
 def figure(c, path):
     """Draw it -> the reward of every step, {panel: {side: [[reward] by seed]}}."""
     curves = {}
@@ -295,10 +309,12 @@ def report(cfg, seeds):
     """Tables, figure and results.json of the seeds whose runs are all there."""
     results, c = Path(cfg.results), Collected(cfg, seeds)
     results.mkdir(parents=True, exist_ok=True)
-    seconds = [float(x) for n in plan(cfg, seeds) for x in (Path(n) / "seconds.txt").read_text().split()]
-    collected = {"config": asdict(cfg) | {"embedder": Path(cfg.embedder).parent.name}, "seeds": list(seeds), "runs": len(plan(cfg, seeds)), "minutes": round(sum(seconds) / cfg.parallel / 60, 1)}
+    runs = plan(cfg, seeds)
+    seconds = sum(float(x) for n in runs for x in (Path(n) / "seconds.txt").read_text().split())
+    collected = {"config": asdict(cfg) | {"embedder": Path(cfg.embedder).parent.name}, "seeds": list(seeds), "runs": len(runs),
+                 "minutes": round(seconds / cfg.parallel / 60, 1)}
     makers = {"1": (("table1", table1), ("dimensions", dimensions), ("training", training)), "2": (("table2", table2),), "3": (("table3", table3),),
-              "4": (("table4", table4),), "5": (("table5", table5),)}
+              "4": (("table4", table4),), "5": (("table5", table5),), "6": (("table6", table6),)}
     for name, make in (pair for n in cfg.tables for pair in makers[n]):
         collected[name], text = make(c)
         (results / f"{name}.md").write_text(text)
@@ -308,10 +324,17 @@ def report(cfg, seeds):
 
 
 def main(argv=None):
-    cfg = common.parse_config(Config, __doc__, argv)
-    for s in range(1, cfg.seeds + 1):
-        run_all(plan(cfg, [s]), cfg.parallel)
-        report(cfg, range(1, s + 1))
+    cfg, reported = common.parse_config(Config, __doc__, argv), 0
+    jobs_of = [plan(cfg, [s]).keys() for s in range(1, cfg.seeds + 1)]
+
+    def after(done):
+        nonlocal reported
+        whole = next((s for s, names in enumerate(jobs_of) if not names <= done), cfg.seeds)
+        if whole > reported:
+            reported = whole
+            report(cfg, range(1, whole + 1))
+
+    run_all(plan(cfg), cfg.parallel, after)
 
 
 if __name__ == "__main__":

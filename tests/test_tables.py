@@ -9,18 +9,18 @@ from data import DataError
 
 
 def test_the_plan_gives_both_sides_the_same():
-    cfg = tables.Config(tables="12345")
+    cfg = tables.Config(tables="123456")
     jobs = tables.plan(cfg)
     assert all(need in jobs for _, needs in jobs.values() for need in needs)
     assert all(command[command.index("--out") + 1] == n for n, (command, _) in jobs.items())
     rl = [c for c, _ in jobs.values() if c[0] == "stage4_latent_rl.py"]
 
     def budget(command):
-        return tuple(command[command.index(f) + 1] for f in ("--prompts", "--loss-type", "--steps", "--seed"))
+        return tuple(command[command.index(f) + 1] for f in ("--prompts", "--loss-type", "--lr", "--steps", "--seed"))
     token = [c for c in rl if "token" in c]
     full = [c for c in rl if c[c.index("--init") + 1].split("/")[-2] == "full"]
-    assert len(token) == len(full) == 4 * 2 * 3 and sorted(map(budget, token)) == sorted(map(budget, full))
-    assert len(rl) == 48 + 3 * 2 * 3 + 6 * 3  # tables 1, 2 and 5
+    assert len(token) == len(full) == (4 * 2 + 2) * 3 and sorted(map(budget, token)) == sorted(map(budget, full))
+    assert len(rl) == 48 + 3 * 2 * 3 + 6 * 3 + 2 * 2 * 3  # tables 1, 2, 5 and 6
     assert sum(c[0] == "evaluate.py" for c, _ in jobs.values()) == len(rl) + 6
     tests = {t for c, _ in jobs.values() if c[0] == "evaluate.py" for t in [c[c.index("--task") + 1]]}
     assert tests == {"a", "b"}  # never the validation sets
@@ -39,7 +39,9 @@ def test_the_queue_resumes_and_names_what_failed(tmp_path):
         tables.run_all(jobs, 2)
     assert tables.finished(a) and not tables.finished(b) and not tables.finished(c)
     jobs[b] = (job(b), [a])
-    tables.run_all(jobs, 2)
+    told = []
+    tables.run_all(jobs, 2, lambda done: told.append(set(done)))
+    assert told == [{a}, {a, b}, {a, b, c}]
     tables.run_all(jobs, 2)
     assert [(tmp_path / n / "ran").read_text() for n in "abc"] == ["x", "x", "x"]  # each once
 
@@ -66,6 +68,8 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
                 for which in ("full", "token"):
                     run = tmp_path / f"{s}/{which}/{algorithm}_{task}"
                     write(f"{s}/{which}/{algorithm}_{task}_eval", "x", tests, x)
+                    write(f"{s}/{which}/{algorithm}_{task}_1e-4_eval", "x", tests, x / 2)
+                    write(f"{s}/{which}/{algorithm}_{task}_3e-4_eval", "x", tests, x / 2)
                     run.mkdir(parents=True)
                     (run / "ckpt-000001").mkdir()
                     (run / "ckpt-000001" / "state.json").write_text(json.dumps({"finished": True, "config": {"batch": 2, "group": 4}}))
@@ -87,6 +91,7 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
     assert "| reference | 9.0 |\n| SFT | 3.0 ± 2.6 |" in tables.dimensions(c)[1]
     rows, text = tables.training(c, last=2)
     assert rows["DAPO token, task B"] == {"reward, start": [2.0] * 3} | dict.fromkeys(tables.LOGGED, [2.5] * 3) and "| 2.50 ± 0.00 |" in text
+    assert tables.table6(c)[0]["GRPO latent, 3e-4"]["ID"] == [0.5, 1, 3] and tables.table6(c)[0]["GRPO token, 1e-3"]["ID"] == [1, 2, 6]
     curves = tables.figure(c, tmp_path / "rewards.png")
     assert curves["BNPO, task B"]["latent"] == [[1, 2, 3]] * 3
     assert (tmp_path / "rewards.png").stat().st_size > 10000
