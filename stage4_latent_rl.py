@@ -27,7 +27,7 @@ overlong penalty is not used, and its KL term is kept (--beta 0 removes it). A j
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -160,7 +160,7 @@ def update(objective, reference, optimizer, params, roll, adv_N, keep_N, cfg, ne
             logp_ref = None
             if cfg.beta:
                 with torch.no_grad():
-                    logp_ref, _ = sampled_logp(reference, part, cfg, never)
+                    logp_ref, _ = sampled_logp(reference, part, replace(cfg, top_k=0), never)  # its top k may be others: never -inf
             loss = policy_loss(logp[keep], part.logp_NT[keep], None if logp_ref is None else logp_ref[keep], adv_N[rows][keep], mask[keep],
                                loss_type=cfg.loss_type, clip_low=cfg.clip_low, clip_high=clip_high, beta=cfg.beta,
                                max_length=cfg.max_new, num_tokens=(tokens / ranks).clamp(min=1)) if keep.any() else (logp * 0).sum()

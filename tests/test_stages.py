@@ -1,5 +1,6 @@
 """The four stages: what trains and what stays frozen, their maths by hand, resume, ranks, refusals."""
 
+import copy
 import json
 import math
 import os
@@ -228,12 +229,26 @@ def test_stage4_trains_only_the_policy_or_the_last_blocks(parts, world, actions,
     assert_only(before, modules, want)
 
 
-def make_roll(processor, vlm, latent, world, actions, never, group=2):
+def test_kl_is_finite_where_the_reference_would_sample_others(parts, world):
+    processor, vlm, latent, _ = parts
+    cfg, never = stage4_latent_rl.Config(top_k=2), torch.tensor(processor.never_sampled)
+    roll = make_roll(processor, vlm, latent, world, "latent", never, top_k=2)
+    reference = copy.deepcopy(latent.policy)
+    with torch.no_grad():
+        reference.out.weight.neg_(), reference.out.bias.neg_()  # the two least likely actions become the reference's top two
+    latent.train_only("policy")
+    params = list(latent.policy.parameters())
+    metrics = stage4_latent_rl.update(lambda r: stage4_latent_rl.sampled_logp(latent.policy, r, cfg, never), reference, torch.optim.SGD(params, lr=0.0),
+                                      params, roll, torch.zeros(4), torch.ones(4, dtype=torch.bool), cfg, never, 0.2)
+    assert 0 < metrics["kl"] < math.inf and torch.isfinite(metrics["grad_norm"])
+
+
+def make_roll(processor, vlm, latent, world, actions, never, group=2, top_k=0):
     from model import rollout, uniforms
     records = Records(world / "task_prompts.jsonl")
     prompt = processor.collate([processor.example(records[i], prompt_only=True) for i in range(2)], left=True)
     u = uniforms(0, [(0, i, g) for i in range(2) for g in range(group)], 12)
-    return rollout(vlm, latent, prompt, u, group=group, never=never, eos=processor.eos_id, pad=processor.pad_id, actions=actions)
+    return rollout(vlm, latent, prompt, u, group=group, top_k=top_k, never=never, eos=processor.eos_id, pad=processor.pad_id, actions=actions)
 
 
 @pytest.mark.parametrize("actions", ["latent", "token"])
