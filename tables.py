@@ -64,6 +64,10 @@ def tasks_of(cfg):
     return {t: (f"{cfg.data}/task{b}_demos.jsonl", f"{cfg.data}/task{b}_prompts.jsonl") for t, b in (("a", ""), ("b", "_b"))}
 
 
+def folder(variant):
+    return variant.replace(" ", "_").replace("/", "-")
+
+
 def plan(cfg, seeds=None):
     """-> {folder: (command, folders it needs)} in the order in which they are wanted; `seeds` None: all of them."""
     out, jobs = Path(cfg.out), {}
@@ -81,9 +85,9 @@ def plan(cfg, seeds=None):
     for s in range(1, cfg.seeds + 1) if seeds is None else seeds:
         seed = ["--seed", s]
         add(f"{s}/stage1", "stage1_projector", *pretrain, *seed)
-        variants = {"full": []} | (ABLATIONS if "2" in cfg.tables else {}) | (SIZES | AMOUNTS if "5" in cfg.tables else {})
+        variants = {"full": []} | (ABLATIONS if set("25") & set(cfg.tables) else {}) | (SIZES | AMOUNTS if "5" in cfg.tables else {})
         for variant, flags in variants.items():
-            v = variant.replace(" ", "_").replace("/", "-")
+            v = folder(variant)
             add(f"{s}/{v}/stage2", "stage2_codebook", *pretrain, *text, *seed, "--projector", out / f"{s}/stage1", *flags, needs=[f"{s}/stage1"])
             add(f"{s}/{v}/clone", "stage3_bc", *pretrain, *text, *seed, "--init", out / f"{s}/{v}/stage2", "--steps-clone", clone_steps, "--steps-adapt", 0,
                 "--demos", tasks_of(cfg)["a"][0], needs=[f"{s}/{v}/stage2"])
@@ -92,7 +96,7 @@ def plan(cfg, seeds=None):
             add(f"{s}/start_{task}", "evaluate", "--task", task, "--data", cfg.data, "--prompt", "yes" if s == 1 else "no",
                 "--sft", out / f"{s}/sft_{task}", "--bc", out / f"{s}/full/adapt_{task}", "--seed", 1000 + s, needs=[f"{s}/sft_{task}", f"{s}/full/adapt_{task}"])
             for variant in variants:
-                v = variant.replace(" ", "_").replace("/", "-")
+                v = folder(variant)
                 if task == "b" and variant in SIZES | AMOUNTS:
                     continue
                 add(f"{s}/{v}/adapt_{task}", "stage3_bc", "--demos", demos, "--init", out / f"{s}/{v}/clone", "--steps-adapt", adapt_steps, *seed, needs=[f"{s}/{v}/clone"])
@@ -108,10 +112,10 @@ def plan(cfg, seeds=None):
     return jobs
 
 
-def finished(folder):
-    if (Path(folder) / "results.json").exists():
+def finished(run):
+    if (Path(run) / "results.json").exists():
         return True
-    state = common.latest(folder)
+    state = common.latest(run)
     return state is not None and json.loads((state / "state.json").read_text())["finished"]
 
 
@@ -163,6 +167,10 @@ class Collected:
         rows = self.read(name)["rows"]
         return rows[row] if row else next(iter(rows.values()))
 
+    def log(self, name, s):
+        """What stage 4 logged, a dict for each step."""
+        return common.read_metrics(self.out / name.format(s=s))
+
     def tests(self, task, name, row=None, seeds=None):
         """-> {test: [ratio of each seed]}; `name` has a {s}."""
         return {t: [self.row(name.format(s=s), row)[t]["ratio"] for s in seeds or self.seeds] for t in TESTS[task]}
@@ -203,12 +211,20 @@ def table1(c):
     return rows, test_rows(rows)
 
 
+def with_codebook(c, variants, tasks):
+    """{label: folder} -> rows of GRPO's tests, and how well the codebook explains held-out text (stage 2; nats a token)."""
+    rows, nats = {}, {}
+    for label, v in variants.items():
+        rows[label] = {t: x for task in tasks for t, x in c.tests(task, "{s}/" + f"{v}/grpo_{task}_eval").items()}
+        nats[label] = [json.loads((common.latest(c.out / f"{s}/{v}/stage2") / "state.json").read_text())["val"]["text"]["val_inferred"] for s in c.seeds]
+    tests = list(next(iter(rows.values())))
+    return {n: v | {"text, nats": nats[n]} for n, v in rows.items()}, markdown(
+        ["row", *tests, "average", "held-out text, nats"],
+        [[n, *(spread(v[t]) for t in tests), spread(np.mean([v[t] for t in tests], 0)), spread(nats[n])] for n, v in rows.items()])
+
+
 def table2(c):
-    rows = {}
-    for variant in ("full", *ABLATIONS):
-        v = variant.replace(" ", "_")
-        rows[variant] = {t: x for task in "ab" for t, x in c.tests(task, "{s}/" + f"{v}/grpo_{task}_eval").items()}
-    return rows, test_rows(rows)
+    return with_codebook(c, {v: folder(v) for v in ("full", *ABLATIONS)}, "ab")
 
 
 def table3(c):
@@ -227,7 +243,7 @@ def table4(c):
     rows = {}
     for task in "ab":
         for algorithm, label in ALGORITHMS.items():
-            cost = {w: [[np.median([r[k] for r in common.read_metrics(c.out / side(w, algorithm, task).format(s=s))]) for k in ("s_rollout", "s_update")]
+            cost = {w: [[np.median([r[k] for r in c.log(side(w, algorithm, task), s)]) for k in ("s_rollout", "s_update")]
                         for s in c.seeds] for w in ("token", "latent")}
             t, l = (np.array([[a, b, a + b] for a, b in cost[w]]) for w in ("token", "latent"))
             rows[f"{label}, task {task.upper()}"] = (l / t).tolist()
@@ -235,10 +251,19 @@ def table4(c):
 
 
 def table5(c):
-    order = {"no text": "without_text-only_data", "1/4 of the text": "1-4_of_the_text", "1/2 of the text": "1-2_of_the_text", "all of it, 128 codes": "full"}
-    order = {k.replace(" codes", " codes"): k.replace(" ", "_") for k in SIZES} | order
-    rows = {n: c.tests("a", "{s}/" + f"{v}/grpo_a_eval") for n, v in order.items()}
-    return rows, test_rows(rows)
+    """Two curves that meet in the full run: 128 codes, all of the text-only data."""
+    sizes = {f"{k} codes": "full" if k == 128 else folder(f"{k} codes") for k in (16, 32, 64, 128, 256)}
+    amounts = {"no text": folder("without text-only data")} | {v: folder(v) for v in AMOUNTS} | {"all of the text": "full"}
+    rows, text = with_codebook(c, sizes | amounts, "a")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, names in zip(axes, (sizes, amounts)):
+        for k, test in enumerate(TESTS["a"]):
+            y = np.array([rows[n][test] for n in names])
+            axis.errorbar(np.arange(len(names)) + 0.06 * k, y.mean(1), y.std(1, ddof=1) if y.shape[1] > 1 else None, marker="o", capsize=3, label=test)
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+    axes[0].legend(), axes[0].set_ylabel("latent GRPO, task A")
+    fig.tight_layout(), fig.savefig(Path(c.cfg.results) / "coverage.png", dpi=110), plt.close(fig)
+    return rows, text
 
 
 def dimensions(c):
@@ -264,19 +289,21 @@ def training(c, last=20):
     for task in "ab":
         for algorithm, label in ALGORITHMS.items():
             for which in ("token", "latent"):
-                logs = [common.read_metrics(c.out / side(which, algorithm, task).format(s=s)) for s in c.seeds]
+                logs = [c.log(side(which, algorithm, task), s) for s in c.seeds]
                 rows[f"{label} {which}, task {task.upper()}"] = {"reward, start": [float(np.mean([r["reward"] for r in log[:5]])) for log in logs]} | {
                     k: [float(np.mean([r[k] for r in log[-last:]])) for log in logs] for k in LOGGED}
     return rows, markdown([f"last {last} steps", "reward, first 5", *LOGGED], [[n, *(spread(x, 2) for x in v.values())] for n, v in rows.items()])
 
 
 def table6(c):
-    rows = {}
+    """With the KL to the start over the last 20 steps: how far a rate has moved the policy."""
+    rows, kl = {}, {}
     for lr in (*LOWER_RATES, RATE):
-        suffix = "" if lr == RATE else f"_{lr}"
         for which in ("token", "latent"):
-            rows[f"GRPO {which}, {lr}"] = c.tests("a", side(which, "grpo", "a") + suffix + "_eval")
-    return rows, test_rows(rows)
+            run, name = side(which, "grpo", "a") + ("" if lr == RATE else f"_{lr}"), f"GRPO {which}, {lr}"
+            rows[name] = c.tests("a", run + "_eval")
+            kl[name] = [float(np.mean([r["kl"] for r in c.log(run, s)[-20:]])) for s in c.seeds]
+    return rows, markdown(["row", *TESTS["a"], "KL at the end"], [[n, *map(spread, v.values()), spread(kl[n], 2)] for n, v in rows.items()])
 
 
 def figure(c, path):
@@ -286,7 +313,7 @@ def figure(c, path):
     for task, line in zip("ab", axes):
         for (algorithm, label), axis in zip(ALGORITHMS.items(), line):
             for which, colour in (("token", "tab:orange"), ("latent", "tab:blue")):
-                runs = [common.read_metrics(c.out / side(which, algorithm, task).format(s=s)) for s in c.seeds]
+                runs = [c.log(side(which, algorithm, task), s) for s in c.seeds]
                 y = np.array([[r["reward"] for r in rows] for rows in runs])
                 curves.setdefault(f"{label}, task {task.upper()}", {})[which] = y.round(3).tolist()
                 k = max(1, y.shape[1] // 10)

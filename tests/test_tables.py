@@ -47,7 +47,7 @@ def test_the_queue_resumes_and_names_what_failed(tmp_path):
 
 
 def test_tables_are_means_and_deviations_over_seeds(tmp_path):
-    cfg = tables.Config(out=str(tmp_path), seeds=3)
+    cfg = tables.Config(out=str(tmp_path), results=str(tmp_path), seeds=3)
 
     def write(name, row, tests, base):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
@@ -68,20 +68,32 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
                 for which in ("full", "token"):
                     run = tmp_path / f"{s}/{which}/{algorithm}_{task}"
                     write(f"{s}/{which}/{algorithm}_{task}_eval", "x", tests, x)
-                    write(f"{s}/{which}/{algorithm}_{task}_1e-4_eval", "x", tests, x / 2)
-                    write(f"{s}/{which}/{algorithm}_{task}_3e-4_eval", "x", tests, x / 2)
+                    for lr in tables.LOWER_RATES:
+                        write(f"{s}/{which}/{algorithm}_{task}_{lr}_eval", "x", tests, x / 2)
+                        other = tmp_path / f"{s}/{which}/{algorithm}_{task}_{lr}"
+                        other.mkdir(parents=True)
+                        (other / "metrics.jsonl").write_text(json.dumps({"step": 1, "kl": x}) + "\n")
                     run.mkdir(parents=True)
                     (run / "ckpt-000001").mkdir()
                     (run / "ckpt-000001" / "state.json").write_text(json.dumps({"finished": True, "config": {"batch": 2, "group": 4}}))
                     (run / "metrics.jsonl").write_text("".join(json.dumps(dict.fromkeys(tables.LOGGED, k) | {"step": k, "s_rollout": 1.0 + (which == "full"),
                                                                           "s_update": 2.0 - (which == "full")}) + "\n" for k in (1, 2, 3)))
-            for variant in tables.ABLATIONS:
-                write(f"{s}/{variant.replace(' ', '_')}/grpo_{task}_eval", "x", tests, x - 1)
+            for variant in ("full", *tables.ABLATIONS, *tables.SIZES, *tables.AMOUNTS):
+                v = tables.folder(variant)
+                if variant != "full":
+                    write(f"{s}/{v}/grpo_{task}_eval", "x", tests, x - 1)
+                state = tmp_path / f"{s}/{v}/stage2/ckpt-000001/state.json"
+                state.parent.mkdir(parents=True, exist_ok=True)
+                state.write_text(json.dumps({"finished": True, "val": {"text": {"val_inferred": 10 * x}}}))
     c = tables.Collected(cfg)
     rows, text = tables.table1(c)
     assert rows["GRPO latent"] == {"ID": [1, 2, 6], "OOD": [2, 3, 7], "LS1": [1, 2, 6], "LS2": [2, 3, 7]} and rows["Prompt"]["ID"] == [1]
     assert "| DAPO token | 3.000 ± 2.646 | 4.000 ± 2.646 | 3.000 ± 2.646 | 4.000 ± 2.646 | 3.500 ± 2.646 |" in text and text.count("\n") == 2 + 11
-    assert "| without the cycle loss | 2.000 ± 2.646 |" in tables.table2(c)[1] and "| full | 3.000" in tables.table2(c)[1]
+    rows, text = tables.table2(c)
+    assert "| without the cycle loss | 2.000 ± 2.646 | 3.000 ± 2.646 | 2.000 ± 2.646 | 3.000 ± 2.646 | 2.500 ± 2.646 | 30.000 ± 26.458 |" in text
+    rows, text = tables.table5(c)
+    assert "| 1/2 of the text | 2.000 ± 2.646 | 3.000 ± 2.646 | 2.500 ± 2.646 | 30.000 ± 26.458 |" in text and text.count("\n") == 2 + 5 + 4
+    assert rows["128 codes"] == rows["all of the text"] and (tmp_path / "coverage.png").stat().st_size > 10000
     rows, text = tables.table3(c)
     assert rows["BNPO, task B, words and word pairs"]["token"] == pytest.approx([1, 1, 1]) and min(rows["GRPO, task A, words and word pairs"]["latent"]) > 2
     assert rows["before RL, task A, words and word pairs"]["token"] == pytest.approx([1, 1, 1])
@@ -91,7 +103,9 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
     assert "| reference | 9.0 |\n| SFT | 3.0 ± 2.6 |" in tables.dimensions(c)[1]
     rows, text = tables.training(c, last=2)
     assert rows["DAPO token, task B"] == {"reward, start": [2.0] * 3} | dict.fromkeys(tables.LOGGED, [2.5] * 3) and "| 2.50 ± 0.00 |" in text
-    assert tables.table6(c)[0]["GRPO latent, 3e-4"]["ID"] == [0.5, 1, 3] and tables.table6(c)[0]["GRPO token, 1e-3"]["ID"] == [1, 2, 6]
+    rows, text = tables.table6(c)
+    assert rows["GRPO latent, 3e-4"]["ID"] == [0.5, 1, 3] and rows["GRPO token, 1e-3"]["ID"] == [1, 2, 6]
+    assert "| GRPO token, 1e-4 | 1.500 ± 1.323 | 2.500 ± 1.323 | 3.00 ± 2.65 |" in text
     curves = tables.figure(c, tmp_path / "rewards.png")
     assert curves["BNPO, task B"]["latent"] == [[1, 2, 3]] * 3
     assert (tmp_path / "rewards.png").stat().st_size > 10000
