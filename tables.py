@@ -4,7 +4,7 @@
     table 2   latent GRPO: full, without the cycle loss, without the projector, without text-only data
     table 3   rollout diversity, token and latent        table 4   seconds of a rollout, an update and a step, latent / token
     table 5   size of the codebook; amount of text-only data (task A)
-    table 6   the learning rate of RL (task A)
+    table 6   the learning rate of RL
     figure    reward against rollouts
 
 Beside them: the judge's dimensions, and what the RL runs logged. A run is a folder under --out with its log; a finished one is not run again, an
@@ -101,7 +101,7 @@ def plan(cfg, seeds=None):
                     continue
                 add(f"{s}/{v}/adapt_{task}", "stage3_bc", "--demos", demos, "--init", out / f"{s}/{v}/clone", "--steps-adapt", adapt_steps, *seed, needs=[f"{s}/{v}/clone"])
                 runs = [(algorithm, RATE, "") for algorithm in (ALGORITHMS if variant == "full" else ["grpo"])]
-                runs += [("grpo", lr, f"_{lr}") for lr in LOWER_RATES if "6" in cfg.tables and variant == "full" and task == "a"]
+                runs += [("grpo", lr, f"_{lr}") for lr in LOWER_RATES if "6" in cfg.tables and variant == "full"]
                 for algorithm, lr, suffix in runs:
                     for side in ("token", "latent") if variant == "full" else ["latent"]:
                         init = f"{s}/{v}/adapt_{task}" if side == "latent" else f"{s}/sft_{task}"
@@ -296,14 +296,16 @@ def training(c, last=20):
 
 
 def table6(c):
-    """With the KL to the start over the last 20 steps: how far a rate has moved the policy."""
+    """With the KL to the start over the last 20 steps, mean of the tasks: how far a rate has moved the policy."""
     rows, kl = {}, {}
     for lr in (*LOWER_RATES, RATE):
         for which in ("token", "latent"):
-            run, name = side(which, "grpo", "a") + ("" if lr == RATE else f"_{lr}"), f"GRPO {which}, {lr}"
-            rows[name] = c.tests("a", run + "_eval")
-            kl[name] = [float(np.mean([r["kl"] for r in c.log(run, s)[-20:]])) for s in c.seeds]
-    return rows, markdown(["row", *TESTS["a"], "KL at the end"], [[n, *map(spread, v.values()), spread(kl[n], 2)] for n, v in rows.items()])
+            name, runs = f"GRPO {which}, {lr}", {t: side(which, "grpo", t) + ("" if lr == RATE else f"_{lr}") for t in "ab"}
+            rows[name] = {test: v for task, run in runs.items() for test, v in c.tests(task, run + "_eval").items()}
+            kl[name] = [float(np.mean([r["kl"] for run in runs.values() for r in c.log(run, s)[-20:]])) for s in c.seeds]
+    tests = list(next(iter(rows.values())))
+    return rows, markdown(["row", *tests, "average", "KL at the end"],
+                          [[n, *(spread(v[t]) for t in tests), spread(np.mean([v[t] for t in tests], 0)), spread(kl[n], 2)] for n, v in rows.items()])
 
 
 def figure(c, path):

@@ -1,6 +1,7 @@
-"""tables.py: the plan of the runs is fair and complete, the queue resumes, and the tables are means over seeds."""
+"""tables.py: the plan of the runs is fair and complete, the queue resumes, the tables are means over seeds, and README shows the committed ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,8 @@ def test_the_plan_gives_both_sides_the_same():
         return tuple(command[command.index(f) + 1] for f in ("--prompts", "--loss-type", "--lr", "--steps", "--seed"))
     token = [c for c in rl if "token" in c]
     full = [c for c in rl if c[c.index("--init") + 1].split("/")[-2] == "full"]
-    assert len(token) == len(full) == (4 * 2 + 2) * 3 and sorted(map(budget, token)) == sorted(map(budget, full))
-    assert len(rl) == 48 + 3 * 2 * 3 + 6 * 3 + 2 * 2 * 3  # tables 1, 2, 5 and 6
+    assert len(token) == len(full) == (4 + 2) * 2 * 3 and sorted(map(budget, token)) == sorted(map(budget, full))
+    assert len(rl) == 48 + 3 * 2 * 3 + 6 * 3 + 2 * 2 * 2 * 3  # tables 1, 2, 5 and 6
     assert sum(c[0] == "evaluate.py" for c, _ in jobs.values()) == len(rl) + 6
     tests = {t for c, _ in jobs.values() if c[0] == "evaluate.py" for t in [c[c.index("--task") + 1]]}
     assert tests == {"a", "b"}  # never the validation sets
@@ -105,7 +106,16 @@ def test_tables_are_means_and_deviations_over_seeds(tmp_path):
     assert rows["DAPO token, task B"] == {"reward, start": [2.0] * 3} | dict.fromkeys(tables.LOGGED, [2.5] * 3) and "| 2.50 ± 0.00 |" in text
     rows, text = tables.table6(c)
     assert rows["GRPO latent, 3e-4"]["ID"] == [0.5, 1, 3] and rows["GRPO token, 1e-3"]["ID"] == [1, 2, 6]
-    assert "| GRPO token, 1e-4 | 1.500 ± 1.323 | 2.500 ± 1.323 | 3.00 ± 2.65 |" in text
+    assert "| GRPO token, 1e-4 | 1.500 ± 1.323 | 2.500 ± 1.323 | 1.500 ± 1.323 | 2.500 ± 1.323 | 2.000 ± 1.323 | 3.00 ± 2.65 |" in text
     curves = tables.figure(c, tmp_path / "rewards.png")
     assert curves["BNPO, task B"]["latent"] == [[1, 2, 3]] * 3
     assert (tmp_path / "rewards.png").stat().st_size > 10000
+
+
+def test_readme_shows_the_committed_tables():
+    root = Path(tables.__file__).parent
+    made = sorted((root / "results").glob("*.md"))
+    assert {f.stem for f in made} >= {"table1", "table2", "table3", "table4"}
+    for f in made:
+        for part in f.read_text().strip().split("\n\n"):
+            assert part in (root / "README.md").read_text(), f"README.md does not show {f.name}"
