@@ -107,6 +107,12 @@ def table(rows, tests):
     return "\n".join(lines)
 
 
+def smooth(y, parts):
+    """Mean of the last len(y) / parts values, at every step."""
+    k = max(1, len(y) // parts)
+    return np.convolve(np.pad(y, (k - 1, 0), mode="edge"), np.ones(k) / k, "valid")
+
+
 def plot_curves(runs, path):
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
     for name, run in runs.items():
@@ -115,9 +121,7 @@ def plot_curves(runs, path):
         x = np.array([r["step"] for r in rows]) * config["batch"] * config["group"]
         for axis, key in zip(axes, ("reward", "entropy", "kl")):
             y = np.array([r[key] for r in rows])
-            k = max(1, len(y) // 20)
-            smooth = np.convolve(np.pad(y, (k - 1, 0), mode="edge"), np.ones(k) / k, "valid")
-            line, = axis.plot(x, smooth, label=name)
+            line, = axis.plot(x, smooth(y, 20), label=name)
             axis.plot(x, y, color=line.get_color(), alpha=0.2, linewidth=0.8)
             axis.set(xlabel="rollouts", title={"reward": "reward (response / reference)", "entropy": "entropy, nats",
                                                "kl": "KL to the start (k3), nats"}[key])

@@ -29,7 +29,7 @@ import numpy as np
 
 import common
 from data import DataError
-from evaluate import TESTS
+from evaluate import TESTS, smooth
 from rewards import load_judge, ngram_embed, rollout_diversity
 
 matplotlib.use("Agg")
@@ -195,10 +195,12 @@ def markdown(head, rows):
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(r) + " |" for r in rows]) + "\n"
 
 
-def test_rows(rows):
-    """{name: {test: [values by seed]}} -> Markdown; the last column is the average of the tests."""
+def test_rows(rows, column=None, values=None, digits=3):
+    """{name: {test: [values by seed]}} -> Markdown, with the average of the tests and, if named, one more column, {name: [values by seed]}."""
     tests = list(next(iter(rows.values())))
-    return markdown(["row", *tests, "average"], [[name, *(spread(v[t]) for t in tests), spread(np.mean([v[t] for t in tests], 0))] for name, v in rows.items()])
+    more = {n: [spread(values[n], digits)] if column else [] for n in rows}
+    return markdown(["row", *tests, "average", *([column] if column else [])],
+                    [[n, *(spread(v[t]) for t in tests), spread(np.mean([v[t] for t in tests], 0)), *more[n]] for n, v in rows.items()])
 
 
 def table1(c):
@@ -217,10 +219,7 @@ def with_codebook(c, variants, tasks):
     for label, v in variants.items():
         rows[label] = {t: x for task in tasks for t, x in c.tests(task, "{s}/" + f"{v}/grpo_{task}_eval").items()}
         nats[label] = [json.loads((common.latest(c.out / f"{s}/{v}/stage2") / "state.json").read_text())["val"]["text"]["val_inferred"] for s in c.seeds]
-    tests = list(next(iter(rows.values())))
-    return {n: v | {"text, nats": nats[n]} for n, v in rows.items()}, markdown(
-        ["row", *tests, "average", "held-out text, nats"],
-        [[n, *(spread(v[t]) for t in tests), spread(np.mean([v[t] for t in tests], 0)), spread(nats[n])] for n, v in rows.items()])
+    return {n: v | {"text, nats": nats[n]} for n, v in rows.items()}, test_rows(rows, "held-out text, nats", nats)
 
 
 def table2(c):
@@ -303,9 +302,7 @@ def table6(c):
             name, runs = f"GRPO {which}, {lr}", {t: side(which, "grpo", t) + ("" if lr == RATE else f"_{lr}") for t in "ab"}
             rows[name] = {test: v for task, run in runs.items() for test, v in c.tests(task, run + "_eval").items()}
             kl[name] = [float(np.mean([r["kl"] for run in runs.values() for r in c.log(run, s)[-20:]])) for s in c.seeds]
-    tests = list(next(iter(rows.values())))
-    return rows, markdown(["row", *tests, "average", "KL at the end"],
-                          [[n, *(spread(v[t]) for t in tests), spread(np.mean([v[t] for t in tests], 0)), spread(kl[n], 2)] for n, v in rows.items()])
+    return rows, test_rows(rows, "KL at the end", kl, 2)
 
 
 def figure(c, path):
@@ -318,8 +315,7 @@ def figure(c, path):
                 runs = [c.log(side(which, algorithm, task), s) for s in c.seeds]
                 y = np.array([[r["reward"] for r in rows] for rows in runs])
                 curves.setdefault(f"{label}, task {task.upper()}", {})[which] = y.round(3).tolist()
-                k = max(1, y.shape[1] // 10)
-                y = np.stack([np.convolve(np.pad(v, (k - 1, 0), mode="edge"), np.ones(k) / k, "valid") for v in y])
+                y = np.stack([smooth(v, 10) for v in y])
                 state = json.loads((common.latest(c.out / side(which, algorithm, task).format(s=c.seeds[0])) / "state.json").read_text())["config"]
                 x = np.arange(1, y.shape[1] + 1) * state["batch"] * state["group"]
                 axis.plot(x, y.mean(0), color=colour, label=which)
@@ -339,7 +335,7 @@ def report(cfg, seeds):
     results, c = Path(cfg.results), Collected(cfg, seeds)
     results.mkdir(parents=True, exist_ok=True)
     runs = plan(cfg, seeds)
-    seconds = sum(float(x) for n in runs for x in (Path(n) / "seconds.txt").read_text().split())
+    seconds = sum(float(x) for n in runs for f in Path(n).glob("seconds.txt") for x in f.read_text().split())
     collected = {"config": asdict(cfg) | {"embedder": Path(cfg.embedder).parent.name}, "seeds": list(seeds), "runs": len(runs),
                  "minutes": round(seconds / cfg.parallel / 60, 1)}
     makers = {"1": (("table1", table1), ("dimensions", dimensions), ("training", training)), "2": (("table2", table2),), "3": (("table3", table3),),
