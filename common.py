@@ -3,10 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import json
+import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -20,25 +19,55 @@ from tqdm import tqdm
 
 from data import DataError
 from model import LatentModel
+from vlm import VLM
 
 
 # --------------------------------------------------------------------------------------------------- command line
+def option(default, help, *, choices=None, least=0, paper=None):
+    """A field of a Config: its default, its --help text, what is allowed, and the paper's value (for --preset
+    paper)."""
+    meta = {"help": help, "choices": choices, "least": least, "paper": paper}
+    return dataclasses.field(default=default, metadata=meta)
+
+
 def parse_config(cls, doc, argv=None):
-    """Command line -> an instance of the dataclass `cls`. The comment on a field's line is its --help text."""
-    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(cls):
-        kind = {"str": str, "int": int, "float": float}[f.type if isinstance(f.type, str) else f.type.__name__]
-        text = comments.get(f.name, "").replace("%", "%%")
-        choices = re.match(r"(\w+(?: \| \w+)+)", text)  # a comment 'grpo | dapo: ...' lists what is allowed
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=f"{text} (default: {f.default})",
-                            choices=choices[1].split(" | ") if choices else None, metavar=None if choices else kind.__name__.upper())
+    """Command line -> an instance of the dataclass `cls`, whose fields are `option`s. A flag wins over --preset."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    fields = dataclasses.fields(cls)
+    paper = {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
+    if paper:
+        text = "paper: every field below with a paper value takes it"
+        parser.add_argument("--preset", choices=["none", "paper"], default="none", help=f"{text} (default: none)")
+    for f in fields:
+        known = f"default: {f.default}" + (f"; paper: {paper[f.name]}" if f.name in paper else "")
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=type(f.default),
+            default=f.default,
+            choices=f.metadata["choices"],
+            metavar=None if f.metadata["choices"] else type(f.default).__name__.upper(),
+            help=f"{f.metadata['help']} ({known})".replace("%", "%%"),
+        )
+    if parser.parse_known_args(argv)[0].__dict__.get("preset") == "paper":
+        parser.set_defaults(**paper)
     values = vars(parser.parse_args(argv))
-    for name, value in values.items():
-        least = 1 if name.startswith(("batch", "group", "codes", "max_", "save_every", "window", "updates")) or name == "steps" else 0
-        if not isinstance(value, str) and not value >= least:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small, it must be at least {least}")
+    values.pop("preset", None)
+    for f in fields:
+        check_number(parser, f, values[f.name])
     return cls(**values)
+
+
+def check_number(parser, f, value):
+    """Refuse a number that is too small for the field, or not finite."""
+    flag, least = f"argument --{f.name.replace('_', '-')}", f.metadata["least"]
+    if isinstance(value, str):
+        return
+    if not math.isfinite(value):
+        parser.error(f"{flag}: {value} is not a finite number")
+    if value < least:
+        parser.error(f"{flag}: {value} is too small, it must be at least {least}")
 
 
 def run(main):
@@ -67,8 +96,13 @@ def setup(seed):
     return device, rank, ranks
 
 
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def seed_noise(seed, rank, start, extra):
-    """Gumbel noise: its own on each rank. A resumed run goes on with rank 0's saved CPU generator (other ranks: a fresh seed)."""
+    """Gumbel noise: its own on each rank. A resumed run goes on with rank 0's saved CPU generator (others: a fresh
+    seed)."""
     torch.manual_seed(seed * 1000 + rank + start)
     if extra and rank == 0:
         torch.set_rng_state(extra["rng"])
@@ -92,6 +126,15 @@ def total(x):
     return x
 
 
+def share(count):
+    """1 / (this rank's part of the normaliser): local sum * share(count), averaged over ranks, is the global mean.
+
+    Why global: each rank (and each micro-batch) holds responses of other lengths. A mean of local means would weigh a
+    token more where few tokens happen to stand beside it, and the same data cut in another way would give another
+    gradient."""
+    return world_size() / total(count).float().clamp(min=1)
+
+
 class Objective(nn.Module):
     """A loss as a module, so that DDP can average the gradients of whatever in `module` requires one."""
 
@@ -103,29 +146,42 @@ class Objective(nn.Module):
         return self.loss(self.module, *args)
 
 
+def wrap(module, loss):
+    """Objective, in DistributedDataParallel where there are ranks. DDP AVERAGES over ranks: see `share`."""
+    objective = Objective(module, loss)
+    if not dist.is_initialized():
+        return objective
+    # DDP must not see the frozen parameters, nor broadcast them
+    frozen = [n for n, p in objective.named_parameters() if not p.requires_grad]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen)
+    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+
+
+# ------------------------------------------------------------------------------------------------------- optimizer
 def adamw(params, lr):
     """The one optimizer of every stage."""
     return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
 
 
-def wrap(module, loss):
-    """Objective, in DistributedDataParallel where there are ranks. DDP AVERAGES over ranks, so a loss that is to be a
-    mean over the global count is local sum * ranks / global count: `share` below."""
-    objective = Objective(module, loss)
-    if not dist.is_initialized():
-        return objective
-    # DDP must not see the frozen parameters, nor broadcast them
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        objective, [n for n, p in objective.named_parameters() if not p.requires_grad])
-    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+def cosine(done):
+    """Factor of the learning rate, from 1 to a tenth; done: share of the steps, in [0, 1)."""
+    return 0.55 + 0.45 * math.cos(math.pi * done)
 
 
-def share(count):
-    """1 / (this rank's part of the normaliser): local sum * share(count), averaged over ranks, is the global mean."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return ranks / total(count).float().clamp(min=1)
+def warmup(done, steps, part):
+    """Factor of the learning rate that rises to 1 over the first `part` of the steps."""
+    return min(1.0, (done + 1 / steps) / part)
 
 
+def optimize(params, optimizer, clip_norm):
+    """Clip the gradient's norm (0: do not), step, and forget the gradient. -> the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(params, clip_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ------------------------------------------------------------------------------------------------------------ words
 def report(trainable, *modules):
     frozen = sum(p.numel() for m in modules for p in m.parameters() if not p.requires_grad)
     say(f"trainable {sum(p.numel() for p in trainable):,} parameters, frozen {frozen:,}")
@@ -158,22 +214,33 @@ def save(out, step, tensors, state, optimizer=None):
 
 
 def latest(out):
+    """-> the folder of the last checkpoint of a run, or None."""
     found = sorted(Path(out).glob("ckpt-*/state.json"))
     return found[-1].parent if found else None
 
 
+def read_state(out):
+    """-> state.json of the last checkpoint of a run that has one."""
+    return json.loads((latest(out) / "state.json").read_text())
+
+
 def load(out, flag, stages, vlm):
-    """-> (tensors, state) of a FINISHED run of one of `stages` on this VLM; DataError names what is missing and the cure."""
+    """-> (tensors, state) of a FINISHED run of one of `stages` on this VLM; DataError names what is missing and the
+    cure."""
     folder = latest(out)
     if folder is None:
-        raise DataError(f"{flag} {out or '(not given)'}: no checkpoint there; run {stages[0]}.py --out {out or 'FOLDER'} first")
-    state = json.loads((folder / "state.json").read_text())
+        cure = f"run {stages[0]}.py --out {out or 'FOLDER'} first"
+        raise DataError(f"{flag} {out or '(not given)'}: no checkpoint there; {cure}")
+    state = read_state(out)
     if state["stage"] not in stages:
-        raise DataError(f"{flag} {out}: is a checkpoint of {state['stage']}, needed is one of {' or '.join(stages)}")
+        needed = " or ".join(stages)
+        raise DataError(f"{flag} {out}: is a checkpoint of {state['stage']}, needed is one of {needed}")
     if not state["finished"]:
-        raise DataError(f"{flag} {out}: unfinished ({state['stage']} stopped at step {state['step']}); run it again with the same --out to finish it")
-    if Path(state["config"]["vlm"]).resolve() != Path(vlm).resolve():
-        raise DataError(f"{flag} {out}: was trained with --vlm {state['config']['vlm']}, not {vlm}; give the same one")
+        where = f"{state['stage']} stopped at step {state['step']}"
+        raise DataError(f"{flag} {out}: unfinished ({where}); run it again with the same --out to finish it")
+    trained_with = state["config"]["vlm"]
+    if Path(trained_with).resolve() != Path(vlm).resolve():
+        raise DataError(f"{flag} {out}: was trained with --vlm {trained_with}, not {vlm}; give the same one")
     return load_file(folder / "weights.safetensors"), state
 
 
@@ -182,14 +249,19 @@ def resume(out, stage, config):
     folder = latest(out)
     if folder is None:
         return None
-    state = json.loads((folder / "state.json").read_text())
+    state = read_state(out)
     if state["stage"] != stage:
         raise DataError(f"--out {out}: holds a run of {state['stage']}; choose another folder")
-    changed = [k for k, v in config.items() if state["config"].get(k) != v]
-    if changed:
-        raise DataError(f"--out {out}: holds a run with another --{changed[0].replace('_', '-')} "
-                        f"({state['config'].get(changed[0])}); choose another folder or delete it")
-    extra = torch.load(folder / "optimizer.pt", weights_only=True) if (folder / "optimizer.pt").exists() else None
+    for name, value in config.items():
+        before = state["config"].get(name)
+        if before != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise DataError(
+                f"--out {out}: holds a run with another {flag} ({before}); choose another folder or delete it"
+            )
+    extra = None
+    if (folder / "optimizer.pt").exists():
+        extra = torch.load(folder / "optimizer.pt", weights_only=True)
     return load_file(folder / "weights.safetensors"), state, extra
 
 
@@ -204,13 +276,31 @@ def part_tensors(latent, parts):
     return {n: p for n, p in latent.state_dict().items() if n.split(".")[0] in parts}
 
 
+def load_agent(run, actions, vlm_name, device):
+    """-> (vlm, latent or None, arch) of a finished stage 3 or 4: what can roll out responses.
+
+    actions 'token': the VLM with the tensors that the run trained. 'latent': the frozen VLM and the latent model."""
+    tensors, before = load(run, "--init", ["stage3_bc", "stage4_latent_rl"], vlm_name)
+    if before["config"]["actions"] != actions:
+        raise DataError(f"--init {run}: was trained with --actions {before['config']['actions']}, not {actions}")
+    if actions == "token":
+        vlm = VLM(vlm_name, device, torch.float32)
+        vlm.model.load_state_dict(tensors, strict=False)
+        return vlm, None, before["arch"]
+    vlm = VLM(vlm_name, device, vlm_dtype(device))
+    latent = build_latent(vlm, before["arch"], tensors).to(device).requires_grad_(False)
+    return vlm, latent, before["arch"]
+
+
 # ------------------------------------------------------------------------------------------------------- the log
 class Log:
     """One progress bar with the numbers that matter and out/metrics.jsonl with all of them (rank 0 only)."""
 
     def __init__(self, out, name, start, steps):
         self.rank0 = int(os.environ.get("RANK", 0)) == 0
-        self.bar = tqdm(total=steps, initial=start, desc=name, disable=not self.rank0, mininterval=1.0, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=steps, initial=start, desc=name, disable=not self.rank0, mininterval=1.0, dynamic_ncols=True
+        )
         Path(out).mkdir(parents=True, exist_ok=True)
         self.file = open(Path(out) / "metrics.jsonl", "a") if self.rank0 else None
         self.began = time.time()
@@ -220,7 +310,8 @@ class Log:
         if self.rank0:
             row = {k: round(v.item() if torch.is_tensor(v) else float(v), 6) for k, v in metrics.items()}
             self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.4g}" for k in shown if k in row), refresh=False)
-            self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.began, 3)} | row) + "\n")
+            row = {"step": step, "seconds": round(time.time() - self.began, 3)} | row
+            self.file.write(json.dumps(row) + "\n")
             self.file.flush()
 
     def close(self):

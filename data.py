@@ -37,8 +37,10 @@ def normalise(row, where):
     record = {k: v for k, v in row.items() if k not in ("image", "conversations")}
     if "messages" not in row and isinstance(row.get("conversations"), list):
         names = {"human": "user", "gpt": "assistant"}
-        turns = [(t.get("from") or t.get("role"), t.get("value", t.get("content"))) if isinstance(t, dict) else ("?", t)
-                 for t in row["conversations"]]
+        turns = [
+            (t.get("from") or t.get("role"), t.get("value", t.get("content"))) if isinstance(t, dict) else ("?", t)
+            for t in row["conversations"]
+        ]
         record["messages"] = [{"role": names.get(str(who), str(who)), "content": text} for who, text in turns]
     images = row.get("images") or row.get("image") or []
     record["images"] = images = [images] if isinstance(images, str) else images
@@ -52,14 +54,23 @@ def normalise(row, where):
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: no messages; a record needs 'messages', 'conversations' or 'text'")
     for m in messages:
-        if not isinstance(m, dict) or m.get("role") not in ("system", "user", "assistant") or not isinstance(m.get("content"), str):
-            raise DataError(f"{where}: a message needs role system, user or assistant and a string 'content', this is {str(m)[:80]}")
+        if (
+            not isinstance(m, dict)
+            or m.get("role") not in ("system", "user", "assistant")
+            or not isinstance(m.get("content"), str)
+        ):
+            raise DataError(
+                f"{where}: a message needs role system, user or assistant and a string 'content', this is {str(m)[:80]}"
+            )
     marks = sum(m["content"].count("<image>") for m in messages)
     if record["images"] and not marks:  # no mark: the image comes before the first question
         k = next((k for k, m in enumerate(messages) if m["role"] == "user"), None)
         if k is None:
             raise DataError(f"{where}: has an image but no user message to put it in")
-        messages = [m | {"content": "<image>" * len(record["images"]) + m["content"]} if j == k else m for j, m in enumerate(messages)]
+        messages = [
+            m | {"content": "<image>" * len(record["images"]) + m["content"]} if j == k else m
+            for j, m in enumerate(messages)
+        ]
         record["messages"] = messages
     elif marks != len(record["images"]):
         raise DataError(f"{where}: {marks} <image> marks but {len(record['images'])} images; make them equal")
@@ -120,10 +131,11 @@ class Records:
 @dataclass
 class Example:
     """One record as tokens. ids (T,) int64; response (T,) bool: the tokens that are to be learnt, EOS included."""
+
     ids: np.ndarray
     response: np.ndarray
     pixels: torch.Tensor | None  # (patches, channels), all images of the record
-    grids: torch.Tensor | None   # (images, 3): t, h, w in patches
+    grids: torch.Tensor | None  # (images, 3): t, h, w in patches
     record: dict
 
 
@@ -133,6 +145,7 @@ class Batch:
 
     ids_BT int64; mask_BT bool, True at real tokens; response_BT bool; images_B int64, the number of images of a row.
     """
+
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor
     response_BT: torch.Tensor
@@ -151,8 +164,21 @@ class Batch:
         """Does any row have padding? (Waits for the device.)"""
         return not bool(self.mask_BT.all())
 
+    def rows(self, part):
+        """The rows `part` (a slice) with their images."""
+        before, inside = int(self.images_B[: part.start].sum()), int(self.images_B[part].sum())
+        pixels = grids = None
+        if inside:
+            patches = self.grids.prod(-1)
+            first, count = int(patches[:before].sum()), int(patches[before : before + inside].sum())
+            pixels, grids = self.pixels[first : first + count], self.grids[before : before + inside]
+        ids, mask, response = self.ids_BT[part], self.mask_BT[part], self.response_BT[part]
+        return Batch(ids, mask, response, self.images_B[part], pixels, grids, self.records[part])
+
     def to(self, device):
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)})
+        return replace(
+            self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)}
+        )
 
 
 class Processor:
@@ -170,7 +196,9 @@ class Processor:
         self.vision_ids = {self.image_id, self.config.vision_start_token_id, self.config.vision_end_token_id}
         self.eos, self.eos_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
         self.pad_id = self.tokenizer.pad_token_id
-        self.special = set(self.tokenizer.all_special_tokens) | {t.content for t in self.tokenizer.added_tokens_decoder.values()}
+        self.special = set(self.tokenizer.all_special_tokens) | {
+            t.content for t in self.tokenizer.added_tokens_decoder.values()
+        }
         # EOS stays; every other special token (image and vision tokens among them) must never be sampled
         self.never_sampled = sorted(set(self.tokenizer.added_tokens_decoder) - {self.eos_id})
 
@@ -184,7 +212,7 @@ class Processor:
             if any(s in text for s in self.special):
                 raise DataError(f"{where}: the text holds a control token of the tokenizer; remove it")
         pixels, grids = pixels or self._pixels(record["images"], where)
-        merge = self.images.merge_size ** 2
+        merge = self.images.merge_size**2
         counts = iter([] if grids is None else (grids.prod(-1) // merge).tolist())
         ids, response = [], []
         for text, learnt in self._pieces(record, prompt_only, where):
@@ -195,14 +223,20 @@ class Processor:
                 ids += new
                 response += [learnt] * len(new)
         if prompt_only and len(ids) > self.max_length:
-            raise DataError(f"{where}: the prompt has {len(ids)} tokens, the limit is {self.max_length}; shorten it or raise the limit")
-        ids, response = np.array(ids[:self.max_length]), np.array(response[:self.max_length], dtype=bool)
+            raise DataError(
+                f"{where}: the prompt has {len(ids)} tokens, the limit is {self.max_length}; shorten it or raise the limit"
+            )
+        ids, response = np.array(ids[: self.max_length]), np.array(response[: self.max_length], dtype=bool)
         if (ids == self.image_id).sum() * merge != (0 if grids is None else grids.prod(-1).sum()):
-            raise DataError(f"{where}: {self.max_length} tokens are too few for its images; raise --max-length or lower --max-pixels")
+            raise DataError(
+                f"{where}: {self.max_length} tokens are too few for its images; raise --max-length or lower --max-pixels"
+            )
         if not prompt_only:  # an image is never learnt, not even inside an answer
             response = (response | (self.loss_on == "all")) & ~np.isin(ids, list(self.vision_ids))
         if not prompt_only and not response[1:].any():
-            raise DataError(f"{where}: no answer to learn within {self.max_length} tokens; raise --max-length or drop the record")
+            raise DataError(
+                f"{where}: no answer to learn within {self.max_length} tokens; raise --max-length or drop the record"
+            )
         return Example(ids, response, pixels, grids, record)
 
     def _pixels(self, paths, where):
@@ -211,7 +245,12 @@ class Processor:
         try:
             images = [Image.open(p).convert("RGB") for p in paths]
             out = self.images(images=images, return_tensors="pt")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # all that PIL and the processor raise
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as e:  # all that PIL and the processor raise
             raise DataError(f"{where}: an image does not open ({e}); fix the path or drop the record") from None
         return out["pixel_values"], out["image_grid_thw"]
 
@@ -233,18 +272,22 @@ class Processor:
             if prompt_only and k == answers[-1]:
                 yield prompt[done:], False
                 return
-            full = self._render(messages[:k + 1], False)
+            full = self._render(messages[: k + 1], False)
             assert full.startswith(prompt), "the chat template does not extend its own prefix"
             end = full.index(self.eos, len(prompt)) + len(self.eos)
             yield prompt[done:], False
-            yield full[len(prompt):end], True
+            yield full[len(prompt) : end], True
             done = end
 
     def _content(self, text):
         parts = text.split("<image>")
         if len(parts) == 1:
             return text
-        return [p for k, t in enumerate(parts) for p in ([{"type": "image"}] if k else []) + ([{"type": "text", "text": t}] if t else [])]
+        return [
+            p
+            for k, t in enumerate(parts)
+            for p in ([{"type": "image"}] if k else []) + ([{"type": "text", "text": t}] if t else [])
+        ]
 
     def _render(self, messages, generate):
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
@@ -258,9 +301,15 @@ class Processor:
             s = slice(T - len(e.ids), T) if left else slice(0, len(e.ids))
             ids[b, s], mask[b, s], response[b, s] = torch.from_numpy(e.ids), True, torch.from_numpy(e.response)
         pictures = [e for e in examples if e.pixels is not None]
-        return Batch(ids, mask, response, torch.tensor([0 if e.grids is None else len(e.grids) for e in examples]),
-                     torch.cat([e.pixels for e in pictures]) if pictures else None,
-                     torch.cat([e.grids for e in pictures]) if pictures else None, [e.record for e in examples])
+        return Batch(
+            ids,
+            mask,
+            response,
+            torch.tensor([0 if e.grids is None else len(e.grids) for e in examples]),
+            torch.cat([e.pixels for e in pictures]) if pictures else None,
+            torch.cat([e.grids for e in pictures]) if pictures else None,
+            [e.record for e in examples],
+        )
 
     def text_view(self, batch):
         """The same dialogues with the images left out, and how their tokens line up.
@@ -268,13 +317,24 @@ class Processor:
         -> (Batch (B, S) without image tokens, index_BS: position in `batch` of each text token, after_BS bool: text
         tokens behind the row's first image). Positions, masks and responses are re-made for the shorter rows. Tokens
         before the image do not count in L_t2vt and L_vt2t: there e^VT = e^T by causality."""
-        keep_BT = batch.mask_BT & ~torch.isin(batch.ids_BT, torch.tensor(sorted(self.vision_ids), device=batch.ids_BT.device))
-        index_BS = torch.argsort(~keep_BT, dim=1, stable=True)[:, :int(keep_BT.sum(1).max())]  # kept tokens first, in order
+        keep_BT = batch.mask_BT & ~torch.isin(
+            batch.ids_BT, torch.tensor(sorted(self.vision_ids), device=batch.ids_BT.device)
+        )
+        index_BS = torch.argsort(~keep_BT, dim=1, stable=True)[
+            :, : int(keep_BT.sum(1).max())
+        ]  # kept tokens first, in order
         real_BS = keep_BT.gather(1, index_BS)
         seen_BT = (batch.ids_BT == self.image_id).cumsum(1) > 0
         ids_BS = batch.ids_BT.gather(1, index_BS).masked_fill(~real_BS, self.pad_id)
-        view = Batch(ids_BS, real_BS, batch.response_BT.gather(1, index_BS) & real_BS, torch.zeros_like(batch.images_B),
-                     None, None, batch.records)
+        view = Batch(
+            ids_BS,
+            real_BS,
+            batch.response_BT.gather(1, index_BS) & real_BS,
+            torch.zeros_like(batch.images_B),
+            None,
+            None,
+            batch.records,
+        )
         return view, index_BS, seen_BT.gather(1, index_BS) & real_BS
 
 
@@ -339,6 +399,7 @@ def mmrole_rows(folder):
 
     Reads the raw layout (dialogues/, profiles/, images/) or the preprocessed files conversations-{train,OODtest}-comment.json.
     Raises DataError where the folder has neither or a file cannot be read."""
+
     def load(path, kind):
         try:
             value = json.loads(path.read_bytes())
@@ -353,9 +414,13 @@ def mmrole_rows(folder):
     ready = [(s, folder / f"conversations-{f}-comment.json") for s, f in (("id", "train"), ("ood", "OODtest"))]
     raw = raw if {s for s, _ in raw} == {"id", "ood"} else []
     if not raw and not all(p.is_file() for _, p in ready):
-        raise DataError(f"{folder}: not MMRole; it needs dialogues/in-distribution/comment/*.json, dialogues/out-of-distribution/"
-                        "comment.json and profiles/, or conversations-train-comment.json and conversations-OODtest-comment.json")
-    profiles = {p.stem: load(p, dict) for p in sorted(folder.glob("profiles/*/detailed_profiles/*.json"))} if raw else {}
+        raise DataError(
+            f"{folder}: not MMRole; it needs dialogues/in-distribution/comment/*.json, dialogues/out-of-distribution/"
+            "comment.json and profiles/, or conversations-train-comment.json and conversations-OODtest-comment.json"
+        )
+    profiles = (
+        {p.stem: load(p, dict) for p in sorted(folder.glob("profiles/*/detailed_profiles/*.json"))} if raw else {}
+    )
     return [(split, row) for split, path in raw or ready for row in load(path, list)], profiles
 
 
@@ -374,7 +439,7 @@ def mmrole_dialogue(row, folder, profiles):
     answered = [k for k, (human, text) in enumerate(turns) if not human and text]
     if not answered:
         raise DataError("no answer")
-    turns = turns[:answered[-1] + 1]
+    turns = turns[: answered[-1] + 1]
     if not all(text for _, text in turns):
         raise DataError("empty turn")
     if not turns[0][0]:
@@ -386,7 +451,9 @@ def mmrole_dialogue(row, folder, profiles):
     if not isinstance(character, str) or names - {character}:
         raise DataError("unknown speaker or no text")
     profile = row.get("character_profile") or {}
-    profile = (profile.get(character) if isinstance(profile, dict) else None) or profiles.get(character.replace(" ", "_"))
+    profile = (profile.get(character) if isinstance(profile, dict) else None) or profiles.get(
+        character.replace(" ", "_")
+    )
     if not isinstance(profile, dict) or not short_profile(profile, 400):
         raise DataError("no profile of the character")
     image = str(row.get("image") or row.get("image_path") or "")
@@ -402,7 +469,9 @@ def short_profile(profile, limit):
         room = (limit - sum(len(t.encode()) + 1 for t in out)) // max(1, min(3, len(fields)) - k) - len(f) - 3
         if k < 3 and room > 20:
             cut = text.encode()[:room].decode(errors="ignore")
-            if cut != text and text[len(cut)] != " " and max(cut[-1:], text[len(cut)]) < "\u2e80":  # Chinese has no spaces
+            if (
+                cut != text and text[len(cut)] != " " and max(cut[-1:], text[len(cut)]) < "\u2e80"
+            ):  # Chinese has no spaces
                 cut = cut.rsplit(" ", 1)[0]
             out.append(f"{f.capitalize()}: {cut}")
     return "\n".join(out)
@@ -431,12 +500,18 @@ def convert_mmrole(folder, out, profile_bytes=400):
         seen.add(key)
         usable[split].append((name, images, who, short_profile(profile, profile_bytes), turns))
     if not usable["id"] or not usable["ood"]:
-        raise DataError(f"{folder}: no usable dialogue in the {'out-of' if usable['id'] else 'in'}-distribution part; "
-                        f"refused: {dict(counts['refused'])}")
+        raise DataError(
+            f"{folder}: no usable dialogue in the {'out-of' if usable['id'] else 'in'}-distribution part; "
+            f"refused: {dict(counts['refused'])}"
+        )
     random.Random(42).shuffle(usable["id"])
     n = len(usable["id"])
-    parts = {"task_demos": usable["id"][:n // 2], "task_prompts": usable["id"][n // 2:n * 9 // 10],
-             "task_id": usable["id"][n * 9 // 10:], "task_ood": usable["ood"]}
+    parts = {
+        "task_demos": usable["id"][: n // 2],
+        "task_prompts": usable["id"][n // 2 : n * 9 // 10],
+        "task_id": usable["id"][n * 9 // 10 :],
+        "task_ood": usable["ood"],
+    }
 
     def message(human, text):
         return {"role": "user" if human else "assistant", "content": text}
@@ -444,34 +519,53 @@ def convert_mmrole(folder, out, profile_bytes=400):
     def whole(dialogue):
         name, images, who, profile, turns = dialogue
         first = {"role": "user", "content": "<image>" * len(images) + f"{profile}\n{turns[0][1]}"}
-        return {"id": name, "images": images, "character": who,
-                "messages": [{"role": "system", "content": f"Play the role of {who}."}, first] + [message(*t) for t in turns[1:]]}
+        return {
+            "id": name,
+            "images": images,
+            "character": who,
+            "messages": [{"role": "system", "content": f"Play the role of {who}."}, first]
+            + [message(*t) for t in turns[1:]],
+        }
 
     def answers(dialogue):
         name, images, who, profile, turns = dialogue
         for k, (human, text) in enumerate(turns):
             if not human:
-                so_far = "\n".join(f"{'User' if h else who}: {t}" for h, t in turns[:k - 1])
+                so_far = "\n".join(f"{'User' if h else who}: {t}" for h, t in turns[: k - 1])
                 question = "<image>" * len(images) + "\n".join(filter(None, [profile, so_far, turns[k - 1][1]]))
-                yield {"id": f"{name}-{k}", "images": images, "character": who, "messages": [
-                    {"role": "system", "content": f"Play the role of {who}."}, message(True, question), message(False, text)]}
+                yield {
+                    "id": f"{name}-{k}",
+                    "images": images,
+                    "character": who,
+                    "messages": [
+                        {"role": "system", "content": f"Play the role of {who}."},
+                        message(True, question),
+                        message(False, text),
+                    ],
+                }
 
     out.mkdir(parents=True, exist_ok=True)
     pretraining = [whole(d) for part in ("task_demos", "task_prompts") for d in parts[part]]
     files = {"paired": [r for r in pretraining if r["images"]], "text": [r for r in pretraining if not r["images"]]}
     files |= {name: [r for d in part for r in answers(d)] for name, part in parts.items()}
     for name, rows in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        (out / f"{name}.jsonl").write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+        )
         counts[name] = {"records": len(rows), "with image": sum(bool(r["images"]) for r in rows)}
     (out / "counts.json").write_text(json.dumps(counts, indent=1))
     return counts
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Convert MMRole (raw or preprocessed) to this project's records.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Convert MMRole (raw or preprocessed) to this project's records.", allow_abbrev=False
+    )
     parser.add_argument("--mmrole", required=True, help="folder of the data set")
     parser.add_argument("--out", default="runs/real/data", help="folder to write")
-    parser.add_argument("--profile-bytes", type=int, default=400, help="longest profile in a prompt, bytes of UTF-8 (default: 400)")
+    parser.add_argument(
+        "--profile-bytes", type=int, default=400, help="longest profile in a prompt, bytes of UTF-8 (default: 400)"
+    )
     given = parser.parse_args()
     try:
         print(json.dumps(convert_mmrole(given.mmrole, given.out, given.profile_bytes), indent=1))

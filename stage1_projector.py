@@ -6,12 +6,15 @@ token behind the image
     L_t2vt = 1/2 ( ||(e^VT - mu)/sigma||^2 + sum_d log sigma_d^2 ),   (mu, sigma) = P(e^T)
     L_vt2t = the same with target e^T and P'(e^VT)                         L_proj1 = L_t2vt + L_vt2t
 
-Departures from the paper and its release: mu = x + MLP(x) starts at the identity (--mean mlp for the paper's mu = MLP(x)). The
-text view leaves the image tokens out (the release keeps the placeholders), and tokens before the image do not count, since
-there e^VT = e^T. Schedule as in the paper: linear, 10% warm-up.
+The equations stand in model.py (`Projector`, `projector_loss`), because stage 2 goes on with them.
+
+Departures from the paper and its release: mu = x + MLP(x) starts at the identity (--mean mlp for the paper's mu =
+MLP(x)). The text view leaves the image tokens out (the release keeps the placeholders), and tokens before the image
+do not count, since there e^VT = e^T. Schedule as in the paper: linear, 10% warm-up.
 
     python stage1_projector.py --out runs/stage1
-    torchrun --nproc-per-node 4 stage1_projector.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --batch 4 --max-length 2048 --out runs/3b/stage1
+    torchrun --nproc-per-node 4 stage1_projector.py --preset paper --vlm Qwen/Qwen2.5-VL-3B-Instruct \\
+        --paired paired.jsonl --out runs/3b/stage1
 """
 
 from dataclasses import asdict, dataclass
@@ -19,37 +22,26 @@ from dataclasses import asdict, dataclass
 import torch
 
 import common
+from common import option
 from data import Processor, Records, batches
-from model import VLM, Projector
+from model import Projector, projector_loss
+from vlm import VLM
 
 
 @dataclass
 class Config:
-    vlm: str = "tiny/vlm"                   # folder or hub name of the frozen vision-language model
-    paired: str = "runs/world/paired.jsonl" # image-text records
-    out: str = "runs/stage1"                # folder of this run
-    mean: str = "skip"                      # skip | mlp: mu = x + MLP(x), or the paper's mu = MLP(x)
-    steps: int = 300                        # optimizer steps
-    batch: int = 16                         # dialogues a step and rank (paper: 4)
-    lr: float = 1e-3                        # peak learning rate (paper: 1e-3)
-    max_length: int = 512                   # tokens a dialogue, image included (paper: 2048)
-    max_pixels: int = 117600                # images are scaled down to this many pixels (paper: 280 * 420)
-    seed: int = 0                           # seed of weights and data order
-    save_every: int = 100                   # steps between checkpoints
-
-
-def projector_loss(projector, vlm, processor, batch, h_BTD):
-    """h_BTD: the VLM's states of the paired batch.
-    -> (L_proj1 and the squared errors of P and of the identity, all per counted token, summed, and the count)."""
-    view, index_BS, after_BS = processor.text_view(batch)
-    with torch.no_grad():
-        h_T = vlm(view)
-        h_VT = h_BTD.gather(1, index_BS[..., None].expand(-1, -1, h_T.shape[-1]))
-    loss = projector.paired_loss(h_VT, h_T, after_BS)
-    with torch.no_grad():
-        error = ((projector.P.mean(h_T) - h_VT)[after_BS] ** 2).mean(-1).sum()
-        identity = ((h_T - h_VT)[after_BS] ** 2).mean(-1).sum()
-    return loss, error, identity, after_BS.sum()
+    vlm: str = option("tiny/vlm", "folder or hub name of the frozen vision-language model")
+    paired: str = option("runs/world/paired.jsonl", "image-text records")
+    out: str = option("runs/stage1", "folder of this run")
+    mean: str = option("skip", "mu = x + MLP(x), or the paper's mu = MLP(x)", choices=("skip", "mlp"), paper="mlp")
+    steps: int = option(300, "optimizer steps; paper: 220,000 pairs, once, at 16 a step", least=1, paper=13750)
+    batch: int = option(16, "dialogues a step and rank; paper: on 4 ranks", least=1, paper=4)
+    lr: float = option(1e-3, "peak learning rate", paper=1e-3)
+    clip_norm: float = option(0.0, "gradients are clipped to this norm; 0: they are not")
+    max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
+    max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
+    seed: int = option(0, "seed of weights and data order")
+    save_every: int = option(100, "steps between checkpoints", least=1)
 
 
 def main(argv=None):
@@ -59,37 +51,41 @@ def main(argv=None):
     records = Records(cfg.paired)
     vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
     projector = Projector(vlm.config.hidden_size, cfg.mean == "skip").to(device)
-    optimizer = common.adamw(projector.parameters(), cfg.lr)
-    start = 0
+    params = list(projector.parameters())
+    optimizer, start = common.adamw(params, cfg.lr), 0
     if saved := common.resume(cfg.out, "stage1_projector", asdict(cfg)):
         tensors, state, extra = saved
         start = state["step"]
         projector.load_state_dict({k.removeprefix("projector."): v for k, v in tensors.items()})
         optimizer.load_state_dict(extra["optimizer"])
-    common.report(projector.parameters(), vlm)
+    common.report(params, vlm)
 
     def loss_fn(projector, batch):
         with torch.no_grad():
             h_BTD = vlm(batch)
         loss, error, identity, count = projector_loss(projector, vlm, processor, batch, h_BTD)
-        return loss * common.share(count), error, identity, count
+        return loss * common.share(count), torch.stack([error.float(), identity.float(), count.float()])
 
     objective, refused = common.wrap(projector, loss_fn), set()
-    stream = batches(records, processor, cfg.batch, cfg.seed, start * cfg.batch * ranks, rank, ranks, refused=refused)
+    drawn = start * cfg.batch * ranks
+    stream = batches(records, processor, cfg.batch, cfg.seed, drawn, rank, ranks, refused=refused)
     log = common.Log(cfg.out, "stage 1: projector", start, cfg.steps)
     for step in range(start, cfg.steps):
         rate = min((step + 1) / (0.1 * cfg.steps), (cfg.steps - step) / (0.9 * cfg.steps))
         optimizer.param_groups[0]["lr"] = cfg.lr * rate
         with common.autocast(device):
-            loss, error, identity, count = objective(next(stream).to(device))
+            loss, sums = objective(next(stream).to(device))
         loss.backward()
-        optimizer.step(), optimizer.zero_grad(set_to_none=True)
-        error, identity, count = common.total(torch.stack([error.float(), identity.float(), count.float()]))
-        log(step + 1, ("proj_nll", "mse", "mse_identity"), proj_nll=loss, mse=error / count, mse_identity=identity / count,
-            refused=len(refused))
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            common.save(cfg.out, step + 1, {f"projector.{k}": v for k, v in projector.state_dict().items()},
-                        {"stage": "stage1_projector", "finished": step + 1 == cfg.steps, "config": asdict(cfg)}, optimizer)
+        common.optimize(params, optimizer, cfg.clip_norm)
+
+        error, identity, count = common.total(sums)
+        metrics = {"proj_nll": loss, "mse": error / count, "mse_identity": identity / count, "refused": len(refused)}
+        log(step + 1, ("proj_nll", "mse", "mse_identity"), **metrics)
+        last = step + 1 == cfg.steps
+        if last or (step + 1) % cfg.save_every == 0:
+            tensors = {f"projector.{k}": v for k, v in projector.state_dict().items()}
+            state = {"stage": "stage1_projector", "finished": last, "config": asdict(cfg)}
+            common.save(cfg.out, step + 1, tensors, state, optimizer)
     log.close()
 
 

@@ -1,13 +1,13 @@
 """Stage 3: behaviour cloning of the policy, then adaptation to the task's demonstrations.
 
-    phase clone, paired and text-only data:  L_bc = - sum_t log pi(a*_t | e_{<=t}),  a*_t = argmax of f_inverse (no noise)
-    phase adapt, the task's demonstrations:  L_inverse on inverse dynamics, codebook and world model; L_bc on the policy
+    clone, paired and text-only data:  L_bc = - sum_t log pi(a*_t | e_{<=t}),  a*_t = argmax of f_inverse (no noise)
+    adapt, the task's demonstrations:  L_inverse on inverse dynamics, codebook and world model; L_bc on the policy
+    SFT, the same demonstrations:      - sum_t log p_VLM(x_{t+1} | x_{<=t}), supervised fine-tuning
 
---init may also be a finished clone (a stage 3 with --steps-adapt 0): then it is only adapted, and several tasks share a clone.
-A codebook learnt without text-only data, or with some of its rows, is cloned with the same.
+SFT (`--actions token`) is the baseline's counterpart: it trains the VLM's last blocks, final norm, embeddings and head.
 
-`--actions token` is the baseline's counterpart: supervised fine-tuning (SFT) of the VLM's last blocks, final norm, embeddings
-and head on the same demonstrations.
+--init may also be a finished clone (a stage 3 with --steps-adapt 0): then it is only adapted, and several tasks share a
+clone. A codebook learnt without text-only data, or with some of its rows, is cloned with the same.
 
 Departures. The release adapts the VLM (not the merges and the codebook, and under another output formula); here the VLM
 stays frozen, and everything on the latent side is adapted with the one world model that RL and generation use. One
@@ -15,152 +15,226 @@ encoder pass a batch serves teacher and policy. Only the tokens of responses cou
 
     python stage3_bc.py --init runs/stage2 --out runs/stage3                         # latent
     python stage3_bc.py --actions token --out runs/sft                               # SFT, the baseline
-    torchrun --nproc-per-node 4 stage3_bc.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --init runs/3b/stage2 --batch 4 --lr 1e-4 \\
-        --max-length 2048 --out runs/3b/stage3
+    torchrun --nproc-per-node 4 stage3_bc.py --preset paper --vlm Qwen/Qwen2.5-VL-3B-Instruct --paired paired.jsonl \\
+        --text text.jsonl --demos demos.jsonl --init runs/3b/stage2 --out runs/3b/stage3
 """
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 
 import common
+from common import option
 from data import DataError, Processor, Records, batches
-from model import VLM, next_token_loss
-from stage2_codebook import inverse_loss
+from model import inverse_loss
+from vlm import VLM, next_token_loss
 
 
 @dataclass
 class Config:
-    actions: str = "latent"                  # latent | token: clone and adapt the policy, or fine-tune the VLM
-    vlm: str = "tiny/vlm"                    # folder or hub name of the vision-language model
-    init: str = "runs/stage2"                # finished run of stage 2, or a finished clone (latent only)
-    paired: str = "runs/world/paired.jsonl"  # image-text records for cloning
-    text: str = "runs/world/text.jsonl"      # text-only records for cloning
-    demos: str = "runs/world/task_demos.jsonl"  # the task's demonstrations
-    out: str = "runs/stage3"                 # folder of this run
-    steps_clone: int = 300                   # phase clone (latent only)
-    steps_adapt: int = 75                    # phase adapt, or SFT; 75 steps of 16 are 3 epochs of 400 demonstrations
-    batch: int = 12                          # cloning: dialogues a step and rank, of each kind (paper: 4 and 4)
-    batch_adapt: int = 16                    # adaptation and SFT: demonstrations a step and rank
-    lr: float = 1e-3                         # cloning, peak, cosine to a tenth (paper: 1e-4)
-    lr_adapt: float = 3e-4                   # adaptation and SFT, peak, 3% warm-up, then cosine (paper: 5e-5)
-    train_share: float = 0.2222              # token: share of the VLM's blocks that train, from the last (paper: 8 of 36)
-    tau: float = 2.0                         # temperature of the Gumbel-softmax in adaptation
-    entropy_bonus: float = 1e-3              # weight of the inverse model's mean entropy in adaptation
-    loss_on: str = "response"                # response | all: which tokens are explained
-    max_length: int = 512                    # tokens a dialogue, image included (paper: 2048)
-    max_pixels: int = 117600                 # images are scaled down to this many pixels (paper: 280 * 420)
-    seed: int = 0                            # seed of noise and data order
-    save_every: int = 150                    # steps between checkpoints
+    actions: str = option("latent", "clone and adapt the policy, or fine-tune the VLM", choices=("latent", "token"))
+    vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
+    init: str = option("runs/stage2", "finished run of stage 2, or a finished clone (latent only)")
+    paired: str = option("runs/world/paired.jsonl", "image-text records for cloning")
+    text: str = option("runs/world/text.jsonl", "text-only records for cloning")
+    demos: str = option("runs/world/task_demos.jsonl", "the task's demonstrations")
+    out: str = option("runs/stage3", "folder of this run")
+    steps_clone: int = option(300, "cloning (latent only); paper: 300,000 texts, once, at 16 a step", paper=18750)
+    steps_adapt: int = option(75, "adaptation, or SFT; 75 steps of 16 are 3 epochs of 400 demonstrations")
+    batch: int = option(12, "cloning: dialogues a step and rank, of each kind; paper: on 4 ranks", least=1, paper=4)
+    batch_adapt: int = option(16, "adaptation and SFT: demonstrations a step and rank", least=1)
+    lr: float = option(1e-3, "cloning, peak, cosine to a tenth", paper=1e-4)
+    lr_adapt: float = option(3e-4, "adaptation and SFT, peak, 3% warm-up, then cosine", paper=5e-5)
+    clip_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
+    train_share: float = option(0.2222, "token: share of the VLM's blocks that train, from the last", paper=8 / 36)
+    tau: float = option(2.0, "temperature of the Gumbel-softmax in adaptation", paper=2.0)
+    entropy_bonus: float = option(1e-3, "weight of the inverse model's mean entropy in adaptation", paper=1e-3)
+    loss_on: str = option("response", "which tokens are explained", choices=("response", "all"))
+    max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
+    max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
+    seed: int = option(0, "seed of noise and data order")
+    save_every: int = option(150, "steps between checkpoints", least=1)
 
 
-def trainable_parts(phase):
-    return ("policy",) if phase == "clone" else ("policy", "inverse", "codebook", "world")
+# ----------------------------------------------------------------------------------------------------------- the losses
+def bc_loss(latent, e_BTD, batch, codes_M):
+    """L_bc = - sum log pi(a*_t | e_{<=t}) over explained tokens -> (sum, hits: policy's arg max is a*, count).
 
-
-def bc_loss(latent, e_BTD, batch):
-    """L_bc = - sum log pi(a*_t | e_{<=t}) over explained tokens -> (sum, hits: policy's arg max is a*, count)."""
+    codes_M: a*, the arg max of f_inverse at those tokens, not a sample of it. The inverse model's softmax is kept
+    undecided on purpose (noise and entropy bonus): it says how sure the inverse model is, not how often speakers
+    choose. A sampled label would teach the policy that blur. The arg max gives like events like labels, and what the
+    policy then leaves open is what the context leaves open: several things could be said next."""
     explained = batch.response_BT[:, 1:]
+    logits_MK = latent.policy(e_BTD)[:, :-1][explained]
+    hits = (logits_MK.argmax(-1) == codes_M).sum()
+    return F.cross_entropy(logits_MK, codes_M, reduction="sum"), hits, explained.sum()
+
+
+def context_of(latent, vlm, batch):
+    """e_BTD, without gradient: neither the VLM nor P trains in this stage."""
     with torch.no_grad():
-        a_star = latent.infer_actions(e_BTD).argmax(-1)[explained]
-    logits = latent.policy(e_BTD)[:, :-1][explained]
-    return F.cross_entropy(logits, a_star, reduction="sum"), (logits.argmax(-1) == a_star).sum(), explained.sum()
+        return latent.context(vlm(batch), batch.paired_B)
 
 
-def latent_loss(latent, vlm, phase, given, cfg):
-    """-> (scalar, metrics); `given`: {name: Batch}, each with its own mean over its tokens, weight 1."""
+def clone_loss(latent, vlm, given):
+    """L_bc -> (scalar, metrics); given: {name: Batch}, each with its own mean over its tokens, weight 1."""
     loss, metrics = 0.0, {}
     for name, batch in given.items():
+        e_BTD = context_of(latent, vlm, batch)
         with torch.no_grad():
-            e_BTD = latent.context(vlm(batch), batch.paired_B)
-        bc, hits, count = bc_loss(latent, e_BTD, batch)
+            codes_M = latent.infer_codes(e_BTD)[batch.response_BT[:, 1:]]
+        bc, hits, count = bc_loss(latent, e_BTD, batch, codes_M)
         norm = common.share(count)
         loss = loss + bc * norm
         metrics |= {f"bc_{name}": (bc * norm).detach(), f"agree_{name}": hits * norm}
-        if phase == "adapt":
-            nll, bonus, _, _ = inverse_loss(latent, vlm, e_BTD, batch, cfg.tau)
-            loss = loss + (nll - cfg.entropy_bonus * bonus) * norm
-            metrics["nll"] = (nll * norm).detach()
     return loss, metrics
 
 
+def adapt_loss(latent, vlm, batch):
+    """L_bc + L_inverse on demonstrations -> (scalar, metrics). The inverse dynamics runs once, for both."""
+    e_BTD = context_of(latent, vlm, batch)
+    inverse = inverse_loss(latent, vlm, e_BTD, batch)
+    bc, hits, count = bc_loss(latent, e_BTD, batch, inverse["codes"])
+    norm = common.share(count)
+    loss = bc * norm + (inverse["nll"] + inverse["auxiliary"]) * norm
+    nll = (inverse["nll"] * norm).detach()
+    return loss, {"bc_demos": (bc * norm).detach(), "agree_demos": hits * norm, "nll": nll}
+
+
 def sft_loss(vlm, batch):
-    """Mean next-token cross-entropy of the VLM on the demonstrations' responses."""
+    """Mean next-token cross-entropy of the VLM on the demonstrations' responses -> (scalar, metrics)."""
     explained = batch.response_BT[:, 1:]
-    nll = next_token_loss(vlm.head, vlm(batch)[:, :-1][explained], batch.ids_BT[:, 1:][explained]) * common.share(explained.sum())
+    nll = next_token_loss(vlm.head, vlm(batch)[:, :-1][explained], batch.ids_BT[:, 1:][explained])
+    nll = nll * common.share(explained.sum())
     return nll, {"nll": nll.detach()}
 
 
-def vlm_tensors(vlm):
-    """What the token baseline trained, by name; the rest of the VLM is the checkpoint given as --vlm."""
-    return {n: p for n, p in vlm.model.named_parameters() if p.requires_grad}
+def trainable_parts(phase):
+    return ("policy",) if phase == "clone" else ("policy", "inverse", "quantiser", "world")
+
+
+# ----------------------------------------------------------------------------------------------------------- the phases
+class Run:
+    """What the phases share: data, models, the log, and where an earlier run stopped."""
+
+    def __init__(self, cfg):
+        self.cfg, self.is_token = cfg, cfg.actions == "token"
+        self.device, self.rank, self.ranks = common.setup(cfg.seed)
+        before = self.load_models()
+        self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
+        self.files = {"demos": Records(cfg.demos)}
+        self.clones = not self.is_token and before["stage"] == "stage2_codebook"
+        if self.clones:
+            self.files["paired"] = Records(cfg.paired)
+        if self.clones and before["config"]["without"] != "text":
+            self.files["text"] = Records(cfg.text, limit=before["config"]["text_rows"] or None)
+        self.steps = cfg.steps_adapt + (cfg.steps_clone if self.clones else 0)
+        self.start, self.extra = 0, None
+        if saved := common.resume(cfg.out, "stage3_bc", asdict(cfg)):
+            trained = self.vlm.model if self.is_token else self.latent
+            trained.load_state_dict(saved[0], strict=False)
+            self.start, self.extra = saved[1]["step"], saved[2]
+        common.seed_noise(cfg.seed, self.rank, self.start, self.extra)
+        self.log = common.Log(cfg.out, f"stage 3: {'SFT' if self.is_token else 'policy'}", self.start, self.steps)
+        self.refused = set()
+
+    def load_models(self):
+        """self.vlm, self.latent, self.arch -> state of the run given as --init (None for SFT)."""
+        cfg = self.cfg
+        if self.is_token:  # what trains needs float32 master weights
+            self.vlm, self.latent = VLM(cfg.vlm, self.device, torch.float32), None
+            self.vlm.train_last(cfg.train_share)
+            self.arch = {"train_share": cfg.train_share}
+            return None
+        tensors, before = common.load(cfg.init, "--init", ["stage2_codebook", "stage3_bc"], cfg.vlm)
+        if before["config"].get("actions") == "token":
+            raise DataError(f"--init {cfg.init}: is an SFT run; needed is one of stage 2, or a clone")
+        self.vlm = VLM(cfg.vlm, self.device, common.vlm_dtype(self.device))
+        self.arch = before["arch"] | {"tau": cfg.tau, "entropy_bonus": cfg.entropy_bonus}
+        self.latent = common.build_latent(self.vlm, self.arch, tensors).to(self.device)
+        return before
+
+    def train(self, kinds, size, begin, end, peak, loss_fn, rate):
+        """Steps begin..end on `size` rows of each of `kinds`: loss_fn(model, *batches), learning rate peak *
+        rate(done)."""
+        cfg, model = self.cfg, self.vlm if self.is_token else self.latent
+        params = [p for p in model.parameters() if p.requires_grad]
+        common.report(params, self.vlm, *([] if self.is_token else [self.latent]))
+        optimizer = common.adamw(params, peak)
+        if self.extra and begin < self.start:
+            optimizer.load_state_dict(self.extra["optimizer"])
+        objective = common.wrap(model, loss_fn)
+        first = max(begin, self.start)
+        drawn = (first - begin) * size * self.ranks
+        streams = [
+            batches(self.files[k], self.processor, size, cfg.seed, drawn, self.rank, self.ranks, refused=self.refused)
+            for k in kinds
+        ]
+        for step in range(first, end):
+            optimizer.param_groups[0]["lr"] = peak * rate((step - begin) / (end - begin))
+            given = [next(s).to(self.device) for s in streams]
+            with common.autocast(self.device):
+                loss, metrics = objective(*given)
+            loss.backward()
+            common.optimize(params, optimizer, cfg.clip_norm)
+
+            shown = [k for k in metrics if k.startswith(("bc", "agree", "nll"))]
+            self.log(step + 1, shown, loss=loss, refused=len(self.refused), **metrics)
+            if step + 1 == end or (step + 1) % cfg.save_every == 0:
+                self.save(step + 1, optimizer)
+
+    def save(self, step, optimizer):
+        tensors = self.vlm.trained_tensors() if self.is_token else common.part_tensors(self.latent, self.latent.parts)
+        state = {"stage": "stage3_bc", "finished": step == self.steps, "config": asdict(self.cfg), "arch": self.arch}
+        common.save(self.cfg.out, step, tensors, state | {"refused": sorted(self.refused)}, optimizer)
+
+
+def clone(run):
+    """The policy learns to guess the inferred codes, on broad data."""
+    run.latent.train_only(*trainable_parts("clone"))
+    kinds = [k for k in ("paired", "text") if k in run.files]
+
+    def loss_fn(latent, *given):
+        return clone_loss(latent, run.vlm, dict(zip(kinds, given)))
+
+    run.train(kinds, run.cfg.batch, 0, run.cfg.steps_clone, run.cfg.lr, loss_fn, common.cosine)
+
+
+def adapt_rate(steps):
+    """-> the learning rate's factor: 3% warm-up, then cosine."""
+    return lambda done: min(common.cosine(done), common.warmup(done, steps, 0.03))
+
+
+def adapt(run):
+    """Inverse dynamics, codebook, world model and policy learn the task's demonstrations."""
+    cfg = run.cfg
+    run.latent.train_only(*trainable_parts("adapt"))
+
+    def loss_fn(latent, demos):
+        return adapt_loss(latent, run.vlm, demos)
+
+    begin, rate = run.steps - cfg.steps_adapt, adapt_rate(cfg.steps_adapt)
+    run.train(["demos"], cfg.batch_adapt, begin, run.steps, cfg.lr_adapt, loss_fn, rate)
+
+
+def sft(run):
+    """The baseline: the VLM's last blocks learn the task's demonstrations."""
+    cfg = run.cfg
+    rate = adapt_rate(cfg.steps_adapt)
+    run.train(["demos"], cfg.batch_adapt, 0, run.steps, cfg.lr_adapt, sft_loss, rate)
 
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    device, rank, ranks = common.setup(cfg.seed)
-    is_token = cfg.actions == "token"
-    if not is_token:
-        tensors, before = common.load(cfg.init, "--init", ["stage2_codebook", "stage3_bc"], cfg.vlm)
-        if before["config"].get("actions") == "token":
-            raise DataError(f"--init {cfg.init}: is an SFT run; needed is one of stage 2, or a clone")
-    processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
-    demos = Records(cfg.demos)
-    plan = [("adapt", {"demos": demos}, cfg.batch_adapt, cfg.steps_adapt, cfg.lr_adapt)]
-    if is_token:  # what trains needs float32 master weights
-        vlm, latent, arch = VLM(cfg.vlm, device, torch.float32), None, {"train_share": cfg.train_share}
-        vlm.train_last(cfg.train_share)
-    else:
-        vlm, arch = VLM(cfg.vlm, device, common.vlm_dtype(device)), before["arch"]
-        latent = common.build_latent(vlm, arch, tensors).to(device)
-        if before["stage"] == "stage2_codebook":
-            clone = {"paired": Records(cfg.paired)}
-            if before["config"]["without"] != "text":
-                clone["text"] = Records(cfg.text, limit=before["config"]["text_rows"] or None)
-            plan.insert(0, ("clone", clone, cfg.batch, cfg.steps_clone, cfg.lr))
-    steps, start, extra = sum(p[3] for p in plan), 0, None
-    if saved := common.resume(cfg.out, "stage3_bc", asdict(cfg)):
-        (vlm.model if is_token else latent).load_state_dict(saved[0], strict=False)
-        start, extra = saved[1]["step"], saved[2]
-    common.seed_noise(cfg.seed, rank, start, extra)
-
-    log, refused, begin = common.Log(cfg.out, f"stage 3: {'SFT' if is_token else 'policy'}", start, steps), set(), 0
-    for phase, files, size, length, peak in plan:
-        end = begin + length
-        if start < end and length:
-            if is_token:
-                params = list(vlm_tensors(vlm).values())
-                objective = common.wrap(vlm, sft_loss)
-            else:
-                latent.train_only(*trainable_parts(phase))
-                params = [p for p in latent.parameters() if p.requires_grad]
-                objective = common.wrap(latent, lambda latent, given, phase=phase: latent_loss(latent, vlm, phase, given, cfg))
-            common.report(params, vlm, *([] if is_token else [latent]))
-            optimizer = common.adamw(params, peak)
-            if extra and begin < start:
-                optimizer.load_state_dict(extra["optimizer"])
-            drawn = max(0, start - begin) * size * ranks
-            stream = {k: batches(f, processor, size, cfg.seed, drawn, rank, ranks, refused=refused) for k, f in files.items()}
-            for step in range(max(begin, start), end):
-                done = (step - begin) / length
-                rate = 0.55 + 0.45 * math.cos(math.pi * done)
-                optimizer.param_groups[0]["lr"] = peak * (rate if phase == "clone" else min(rate, (done + 1 / length) / 0.03))
-                given = {k: next(s).to(device) for k, s in stream.items()}
-                with common.autocast(device):
-                    loss, metrics = objective(given["demos"]) if is_token else objective(given)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(params, 1.0)
-                optimizer.step(), optimizer.zero_grad(set_to_none=True)
-                log(step + 1, ("bc_paired", "bc_text", "bc_demos", "agree_paired", "agree_text", "agree_demos", "nll"), loss=loss,
-                    refused=len(refused), **metrics)
-                if (step + 1) % cfg.save_every == 0 or step + 1 == end:
-                    tensors = vlm_tensors(vlm) if is_token else common.part_tensors(latent, latent.parts)
-                    common.save(cfg.out, step + 1, tensors, {"stage": "stage3_bc", "finished": step + 1 == steps, "config": asdict(cfg),
-                                                             "arch": arch, "refused": sorted(refused)}, optimizer)
-        begin = end
-    log.close()
+    run = Run(cfg)
+    if run.is_token and run.start < run.steps:
+        sft(run)
+    if run.clones and run.start < cfg.steps_clone:
+        clone(run)
+    if not run.is_token and run.start < run.steps and cfg.steps_adapt:
+        adapt(run)
+    run.log.close()
 
 
 if __name__ == "__main__":

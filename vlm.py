@@ -1,0 +1,205 @@
+"""The frozen vision-language model: its states h, and the LM head's log-probabilities. Plumbing; the method is in
+model.py.
+
+    h       the VLM's hidden state at each position, after its last block and final norm    (B, T, D)
+    log p   of next tokens, from the LM head; `log_probs` is the ONE definition of what is sampled and scored
+
+Letters: B batch, G group, N = B * G rows, T time, S = keys that can be seen (earlier ones and these), M = explained
+tokens of a batch in one row, D width, V vocabulary.
+"""
+
+import inspect
+import math
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers.utils import logging as hf_logging
+
+from data import DataError
+from packed_linear import pack
+
+hf_logging.disable_progress_bar()  # one bar a run is enough
+
+
+# ------------------------------------------------------------------------------------------------- masks and positions
+def visible(mask_BS, T):
+    """Which of S keys each of the last T positions may attend to -> (B, 1, T, S) bool: the real ones up to itself.
+
+    A padded query sees itself, so that its softmax is not empty."""
+    S = mask_BS.shape[1]
+    at = torch.arange(S - T, S, device=mask_BS.device)[:, None]
+    key = torch.arange(S, device=mask_BS.device)
+    return ((key <= at) & mask_BS[:, None, None, :]) | (key == at)
+
+
+def positions_of(mask_BS, T):
+    """The last T positions' numbers among the real tokens of their row, from 0 -> (B, T)."""
+    return (mask_BS.cumsum(1) - 1)[:, -T:].clamp(min=0)
+
+
+# -------------------------------------------------------------------------------------------------------------- the VLM
+class VLM(nn.Module):
+    """A Hugging Face image-text-to-text model of Qwen2.5-VL's kind, frozen: h = f_VLM(x), and the LM head."""
+
+    def __init__(self, name, device="cpu", dtype=torch.float32):
+        """name: a folder or hub name, or a configuration (random weights, for the benchmark)."""
+        super().__init__()
+        load = AutoModelForImageTextToText.from_pretrained
+        if isinstance(name, PretrainedConfig):
+            load = AutoModelForImageTextToText.from_config
+        try:
+            self.model = load(name, dtype=dtype).to(device).eval().requires_grad_(False)
+        except (OSError, ValueError, SafetensorError) as e:
+            reason = str(e).strip().partition("\n")[0]
+            raise DataError(f"--vlm {name}: not a loadable checkpoint ({reason})") from None
+        self.body = self.model.base_model
+        self.head = self.model.get_output_embeddings()
+        self.text = getattr(self.body, "language_model", self.body)
+        pack(self)
+        self.config = self.model.config.get_text_config()
+        self.accepts = set(inspect.signature(self.body.forward).parameters)
+
+    def train_last(self, share):
+        """The token-level baseline: unfreeze the last `share` of the blocks, the final norm, embeddings and head.
+
+        -> the names of the parameters that train (the paper: share 8/36). A tied head is one parameter, named once."""
+        count = max(1, round(share * len(self.text.layers)))
+        for module in (*self.text.layers[-count:], self.text.norm, self.model.get_input_embeddings(), self.head):
+            for p in module.parameters():
+                p.requires_grad_(True)
+        return list(self.trained_tensors())
+
+    def trained_tensors(self):
+        """{name: parameter} of what trains; the rest of the VLM is the checkpoint given as --vlm."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def positions(self, batch):
+        """-> (position ids, rope deltas (B, 1)); multimodal positions (3, B, T) where the model has them."""
+        mask_BT = batch.mask_BT.long()
+        if hasattr(self.body, "get_rope_index"):
+            return self.body.get_rope_index(
+                batch.ids_BT,
+                mm_token_type_ids=self._types(batch),
+                image_grid_thw=batch.grids,
+                attention_mask=mask_BT,
+            )
+        return positions_of(mask_BT, mask_BT.shape[1]), torch.zeros_like(batch.ids_BT[:, :1])
+
+    def forward(self, batch, cache=None, positions=None):
+        """h_BTD for a whole batch. Positions and token types are explicit: without them the model is silently wrong."""
+        return self._body(
+            input_ids=batch.ids_BT,
+            attention_mask=batch.mask_BT.long(),
+            position_ids=(positions or self.positions(batch))[0],
+            pixel_values=batch.pixels,
+            image_grid_thw=batch.grids,
+            mm_token_type_ids=self._types(batch),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+
+    def extend(self, ids_NT, mask_NS, deltas_N1, cache):
+        """h_NTD of T more tokens a row. mask_NS covers the cache and these tokens; None: no padding anywhere."""
+        T = ids_NT.shape[1]
+        S = cache.get_seq_length() + T
+        if mask_NS is None:
+            see, pos_NT = None, torch.arange(S - T, S, device=ids_NT.device) + deltas_N1
+        else:  # a ready-made mask: the library would look at a plain one's values in each step
+            see, pos_NT = visible(mask_NS, T), positions_of(mask_NS, T) + deltas_N1
+        if hasattr(self.body, "get_rope_index"):
+            pos_NT = pos_NT.expand(3, -1, -1)
+        return self._body(
+            input_ids=ids_NT, attention_mask=see, position_ids=pos_NT, past_key_values=cache, use_cache=True
+        )
+
+    def _types(self, batch):
+        return (batch.ids_BT == self.model.config.image_token_id).int()
+
+    def _body(self, **inputs):
+        given = {k: v for k, v in inputs.items() if v is not None and k in self.accepts}
+        return self.body(**given).last_hidden_state
+
+
+# ------------------------------------------------------------------------------------ log-probabilities of the LM head
+def log_probs(logits, temperature=1.0, top_k=0, never=None):
+    """Log-probabilities of the distribution that is sampled (float32, last axis): after the ban of `never` (indices),
+    temperature and top-k. Sampling and scoring both call this, so they cannot differ."""
+    logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
+    if never is not None:
+        logits = logits.index_fill(-1, never, -math.inf)
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[..., -1:], -math.inf)
+    return F.log_softmax(logits, -1)
+
+
+class HeadLogProbs(torch.autograd.Function):
+    """log p(x | y), p = softmax of the LM head's logits W y (as `log_probs` shapes them), without holding all (M, V)
+    of them.
+
+    Works on a few rows at a time, LOGITS numbers in all. The gradient d log p(x) / d y = (W[x] - sum_v p_v W[v]) /
+    temperature is worked out in the forward pass, while p is there; backward only scales it. A head that trains (the
+    token-level baseline) needs p once more, for d log p(x) / d W = (1[v = x] - p_v) y / temperature."""
+
+    LOGITS = 2**23
+
+    @staticmethod
+    def chunk(y, weight, ids, shape):
+        """-> (log p(x), p) of these rows."""
+        logp = log_probs(F.linear(y, weight), *shape)
+        return logp.gather(-1, ids[:, None])[:, 0], logp.exp_()
+
+    @staticmethod
+    def forward(ctx, y_MD, weight_VD, ids_M, with_entropy, *shape):
+        rows = max(1, HeadLogProbs.LOGITS // len(weight_VD))
+        logp_M = y_MD.new_empty(len(ids_M), dtype=torch.float32)
+        H_M = torch.zeros_like(logp_M)
+        grad_MD = torch.empty_like(y_MD) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(ids_M), rows):
+            part = slice(i, i + rows)
+            logp_M[part], p = HeadLogProbs.chunk(y_MD[part], weight_VD, ids_M[part], shape)
+            if with_entropy:
+                H_M[part] = torch.special.entr(p).sum(-1)
+            if grad_MD is not None:
+                grad_MD[part] = (weight_VD[ids_M[part]] - p.to(weight_VD.dtype) @ weight_VD) / shape[0]
+        for_weight = (y_MD, weight_VD, ids_M) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(grad_MD, *for_weight)
+        ctx.shape, ctx.rows = shape, rows
+        ctx.mark_non_differentiable(H_M)
+        return logp_M, H_M
+
+    @staticmethod
+    def backward(ctx, g_M, _):
+        grad_MD, *for_weight = ctx.saved_tensors
+        grad_y = None if grad_MD is None else grad_MD * g_M[:, None].to(grad_MD.dtype)
+        grad_W = HeadLogProbs.weight_gradient(ctx, g_M, *for_weight) if for_weight else None
+        return grad_y, grad_W, None, None, *[None] * len(ctx.shape)
+
+    @staticmethod
+    def weight_gradient(ctx, g_M, y_MD, weight_VD, ids_M):
+        grad_VD = torch.zeros_like(weight_VD)
+        for i in range(0, len(ids_M), ctx.rows):
+            part = slice(i, i + ctx.rows)
+            y = y_MD[part].to(weight_VD.dtype)
+            _, p = HeadLogProbs.chunk(y, weight_VD, ids_M[part], ctx.shape)
+            g = p.mul_(-g_M[part, None] / ctx.shape[0])
+            g[torch.arange(len(g)), ids_M[part]] += g_M[part] / ctx.shape[0]
+            grad_VD += g.T @ y
+        return grad_VD
+
+
+def head_log_probs(head, y_MD, ids_M, temperature=1.0, top_k=0, never=None):
+    """-> (log p(ids_M) under `log_probs` of head(y_MD), entropy of p in nats, without gradient), float32 (M,).
+
+    Differentiable in y and in the head's weight."""
+    return HeadLogProbs.apply(y_MD, head.weight, ids_M, True, temperature, top_k, never)
+
+
+def next_token_loss(head, y_MD, ids_M):
+    """- sum log softmax(head(y))[x]; y_MD: the states of the explained positions alone, ids_M: the tokens that come
+    next."""
+    return -HeadLogProbs.apply(y_MD, head.weight, ids_M, False, 1.0, 0, None)[0].sum()
