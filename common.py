@@ -268,7 +268,9 @@ def resume(out, stage, config):
 def build_latent(vlm, arch, tensors):
     """LatentModel of a checkpoint: its architecture and whichever parts it holds."""
     latent = LatentModel(vlm.config, **arch)
-    latent.load_state_dict(tensors, strict=False)
+    _, unknown = latent.load_state_dict(tensors, strict=False)
+    if unknown:  # a part under another name would stay random, in silence
+        raise DataError(f"the checkpoint holds '{unknown[0]}', which the latent model does not; train it anew")
     return latent
 
 

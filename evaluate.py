@@ -1,264 +1,340 @@
-"""Evaluation: judge ratio on a task's two tests, rollout diversity, codebook usage; table, plots, examples.
+"""Evaluation: the judge's ratio on a task's two tests, the diversity of rollouts, and how the codebook is used.
 
-Task a is role play (tests: ID, and OOD with held-out roles), task b situated personalisation (LS1, and LS2 with held-out role sets).
+Task a is role play: its tests are ID (roles as in training) and OOD (held-out roles). Task b is situated
+personalisation: its tests are LS1 and LS2 (held-out sets of roles). The table has one row for each model that is
+given: Prompt (the VLM as it is), SFT, BC latent (stage 3), and RL over tokens and over latent actions (stage 4).
 
-One row for each model that is given: Prompt (the VLM as it is), SFT, BC latent (stage 3), and the two sides of RL. For each test
-prompt --samples responses are drawn at --temperature; a sample's number is the judge's score of the response over that of the
-reference, averaged over dimensions; the table gives the mean over prompts, and +- the standard deviation over the samples.
-Diversity: G (G-1) / sum_{i != j} cosine(i, j) over --group responses at temperature 1, averaged over prompts; 1 = all the same.
+Ratio: for each test prompt --samples responses are drawn at --temperature. A response counts as the judge's score of
+it over the judge's score of the reference, averaged over the dimensions. The table gives the mean over prompts and
+samples, +- the standard deviation over samples. What the judge failed on is left out and counted ('judge_failed').
 
-    python evaluate.py --sft runs/sft --bc runs/stage3 --token runs/rl_token --latent runs/rl --codebook runs/stage2 --out runs/eval
+Diversity: G (G-1) / sum_{i != j} cosine(i, j) over --group responses to a prompt at temperature 1, averaged over
+prompts. 1 = all the same. It depends on the embedding, so compare it within one --embedder only.
+
+Codes: how often each code was inferred, by what the token was about (DATA/styles.json: {name: [words]}, if there is
+such a file), on paired data, on text-only data, and in the latent policy's own responses.
+
+Written to --out: results.json, table.md, diversity.json (the groups of responses, for any other embedding), and what
+plots.py draws: curves.png, codes.png, examples.md.
+
+    python evaluate.py --sft runs/sft --bc runs/stage3 --token runs/rl_token --latent runs/rl \\
+        --codebook runs/stage2 --out runs/eval
 """
 
 import json
 import re
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import torch
 
 import common
+import plots
+from common import option
 from data import DataError, Processor, Records
-from model import VLM, rollout, uniforms
-from rewards import judge_ratio, load_judge, ngram_embed, reference, rollout_diversity
-from stage4_latent_rl import decode, start_policy
-from tiny import world as W
+from rewards import EmbeddingJudge, judge_ratio, load_judge, ngram_embed, rollout_diversity
+from rollout import decode, rollout, uniforms
+from vlm import VLM
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+# a_val and b_val: the validation sets, to choose settings on
+TESTS = {
+    "a": {"ID": "task_id", "OOD": "task_ood"},
+    "b": {"LS1": "task_b_ls1", "LS2": "task_b_ls2"},
+    "a_val": {"val": "task_val"},
+    "b_val": {"val": "task_b_val"},
+}
 
 
 @dataclass
 class Config:
-    vlm: str = "tiny/vlm"                # folder or hub name of the vision-language model
-    data: str = "runs/world"             # folder with the task's tests and prompts, paired.jsonl, text.jsonl
-    task: str = "a"                      # a | b | a_val | b_val: which task's tests, or its validation set
-    prompt: str = "yes"                  # yes | no: whether the VLM as it is has a row, too
-    sft: str = ""                        # finished run of stage 3 with --actions token
-    bc: str = ""                         # finished run of stage 3
-    token: str = ""                      # finished run of stage 4 with --actions token
-    latent: str = ""                     # finished run of stage 4
-    codebook: str = ""                   # finished run of stage 2, for the plot of code usage (needs --bc)
-    judge: str = "rules"                 # 'rules' (the tiny world's) or the folder of a sentence-embedding model
-    embedder: str = "ngrams"             # embedding for diversity: 'ngrams' (hashed words and word pairs) or a model folder
-    out: str = "runs/eval"               # folder for results.json, table.md, examples.md and the plots
-    limit: int = 128                     # prompts of each test
-    samples: int = 3                     # responses to each prompt
-    temperature: float = 0.1             # of actions or tokens, for the judge ratio
-    diversity_prompts: int = 32          # RL prompts for the diversity
-    group: int = 8                       # responses to each of them
-    batch: int = 32                      # prompts at a time
-    max_prompt: int = 400                # longest prompt, tokens
-    max_new: int = 64                    # longest response, tokens
-    max_pixels: int = 117600             # images are scaled down to this many pixels
-    seed: int = 1000                     # seed of sampling
+    vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
+    data: str = option("runs/world", "folder with the task's tests and prompts, paired and text (.jsonl or .json)")
+    task: str = option("a", "which task's tests, or its validation set", choices=tuple(TESTS))
+    prompt: str = option("yes", "whether the VLM as it is has a row, too", choices=("yes", "no"))
+    sft: str = option("", "finished run of stage 3 with --actions token")
+    bc: str = option("", "finished run of stage 3")
+    token: str = option("", "finished run of stage 4 with --actions token")
+    latent: str = option("", "finished run of stage 4")
+    codebook: str = option("", "finished run of stage 2, for the use of the codes (needs --bc)")
+    judge: str = option("rules", "'rules' (the tiny world's), a sentence-embedding folder, or module:function")
+    embedder: str = option("ngrams", "for diversity: 'ngrams' (hashed words and word pairs) or a model folder")
+    out: str = option("runs/eval", "folder for results.json, table.md, examples.md and the plots")
+    limit: int = option(128, "prompts of each test", least=1)
+    samples: int = option(3, "responses to each prompt", least=1)
+    temperature: float = option(0.1, "of actions or tokens, for the judge's ratio")
+    diversity_prompts: int = option(32, "RL prompts for the diversity", least=1)
+    group: int = option(8, "responses to each of them", least=2)
+    batch: int = option(32, "prompts at a time", least=1)
+    max_prompt: int = option(400, "longest prompt, tokens", least=1)
+    max_new: int = option(64, "longest response, tokens", least=1)
+    max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1)
+    seed: int = option(1000, "seed of sampling")
 
 
-TESTS = {"a": {"ID": "task_id", "OOD": "task_ood"}, "b": {"LS1": "task_b_ls1", "LS2": "task_b_ls2"},
-         "a_val": {"val": "task_val"}, "b_val": {"val": "task_b_val"}}  # the last two to choose settings on
+# ------------------------------------------------------------------------------------------------ data and models
+def records_of(data, name, limit):
+    """-> a list of at most `limit` records of NAME.jsonl or NAME.json, whichever is there."""
+    path = Path(data) / f"{name}.json"
+    records = Records(path if path.is_file() else path.with_suffix(".jsonl"), limit=limit)
+    return [records[i] for i in range(len(records))]
 
 
-def respond(vlm, latent, processor, records, cfg, device, group, temperature, salt):
-    """-> (texts [record][sample], Rollouts) of every record."""
-    never, texts, rolls = torch.tensor(processor.never_sampled, device=device), [], []
-    for i in range(0, len(records), cfg.batch):
-        part = records[i:i + cfg.batch]
-        prompt = processor.collate([processor.example(r, prompt_only=True) for r in part], left=True).to(device)
-        u = uniforms(cfg.seed, [(salt, i + j, g) for j in range(len(part)) for g in range(group)], cfg.max_new).to(device)
-        with common.autocast(device):
-            roll = rollout(vlm, latent, prompt, u, group=group, temperature=temperature, never=never, eos=processor.eos_id,
-                           pad=processor.pad_id, actions="token" if latent is None else "latent")
-        flat = decode(processor.tokenizer, roll, processor.eos_id)
-        texts += [flat[k:k + group] for k in range(0, len(flat), group)]
-        rolls.append(roll)
-    return texts, rolls
+def rows_wanted(cfg):
+    """-> {row of the table: (what it acts with, its run, or None for the VLM as it is)}; each run is checked first."""
+    rows = {"Prompt": ("token", None)} if cfg.prompt == "yes" else {}
+    for name, actions, flag, stages in (
+        ("SFT", "token", "sft", ["stage3_bc", "stage4_latent_rl"]),
+        ("BC latent", "latent", "bc", ["stage3_bc", "stage4_latent_rl"]),
+        ("RL token", "token", "token", ["stage4_latent_rl"]),
+        ("RL latent", "latent", "latent", ["stage4_latent_rl"]),
+    ):
+        run = getattr(cfg, flag)
+        if run:
+            _, state = common.load(run, f"--{flag}", stages, cfg.vlm)
+            loss = state["config"].get("loss_type", "")
+            rows[name.replace("RL", loss.upper())] = (actions, run)
+    if not rows:
+        raise DataError("nothing to evaluate; give --sft, --bc, --token or --latent, or --prompt yes")
+    return rows
 
 
+def load_model(cfg, actions, run, device):
+    """-> (vlm, latent or None)"""
+    if run is None:
+        return VLM(cfg.vlm, device, common.vlm_dtype(device)), None
+    return common.load_agent(run, actions, cfg.vlm, device)[:2]
+
+
+# ------------------------------------------------------------------------------------------------ responses
+class Speaker:
+    """Draws responses of any model; what is drawn depends on the seed, the test and the prompt's place in it alone."""
+
+    def __init__(self, cfg, processor, device):
+        self.cfg, self.processor, self.device = cfg, processor, device
+        self.never = torch.tensor(processor.never_sampled, device=device)
+
+    def __call__(self, vlm, latent, records, group, temperature, salt):
+        """`group` responses to each record. -> (texts [record][sample], a Rollout for each batch)"""
+        cfg, processor, texts, rolls = self.cfg, self.processor, [], []
+        for i in range(0, len(records), cfg.batch):
+            part = records[i : i + cfg.batch]
+            prompts = [processor.example(r, prompt_only=True) for r in part]
+            rows = [(salt, i + j, g) for j in range(len(part)) for g in range(group)]
+            with common.autocast(self.device):
+                roll = rollout(
+                    vlm,
+                    latent,
+                    processor.collate(prompts, left=True).to(self.device),
+                    uniforms(cfg.seed, rows, cfg.max_new).to(self.device),
+                    group=group,
+                    temperature=temperature,
+                    never=self.never,
+                    eos=processor.eos_id,
+                    pad=processor.pad_id,
+                )
+            flat = decode(processor.tokenizer, roll, processor.eos_id)
+            texts += [flat[k : k + group] for k in range(0, len(flat), group)]
+            rolls.append(roll)
+        return texts, rolls
+
+
+# ------------------------------------------------------------------------------------------------ scores
 def score(judge, records, texts):
-    """-> {'ratio', 'std' over samples, 'dimensions': mean score of the model and of the reference for each}."""
+    """The judge's numbers for texts [record][sample]. DataError if the judge failed on all of them.
+
+    -> {'ratio': mean over records and samples, 'std': over samples or None, 'dimensions': {name: [mean score of the
+    responses, of the references]}, and 'judge_failed': how many responses, if any}"""
     samples = len(texts[0])
-    references = judge(records, [reference(r) for r in records])
-    scores = np.stack([judge(records, [t[s] for t in texts]) for s in range(samples)])  # (S, N, dimensions)
-    ratios = np.stack([judge_ratio(s, references) for s in scores]).mean(1)
-    return {"ratio": float(ratios.mean()), "std": float(ratios.std(ddof=1)) if samples > 1 else None,
-            "dimensions": {d: [float(scores[..., k].mean()), float(references[:, k].mean())] for k, d in enumerate(judge.dimensions_of(records))}}
+    entries = [judge(records, [t[s] for t in texts]) for s in range(samples)]
+    judged = [e for row in entries for e in row if e is not None]
+    failed = samples * len(records) - len(judged)
+    if not judged:
+        raise DataError(f"{records[0].get('where')}: the judge failed on all {failed} responses to this file")
+    # masked where the judge failed: such a row is in no mean
+    ratios_SN = np.ma.masked_invalid([[judge_ratio(e) for e in row] for row in entries])
+    ratio_S = ratios_SN.mean(1)
+    found = {
+        "ratio": float(ratio_S.mean()),
+        "std": float(ratio_S.std(ddof=1)) if ratio_S.count() > 1 else None,
+        "dimensions": {d: dimension(entries, d) for d in judged[0]},
+    }
+    return found | ({"judge_failed": failed} if failed else {})
+
+
+def dimension(entries, name):
+    """-> [mean score of the responses, mean score of the references] in one dimension; entries [sample][record]."""
+    nothing = (float("nan"), float("nan"))
+    scores_SN2 = np.ma.masked_invalid([[nothing if e is None else e[name] for e in row] for row in entries])
+    # a reference's scores are averaged over samples first: where the judge repeats itself, it counts once
+    return [float(scores_SN2[..., 0].mean()), float(scores_SN2[..., 1].mean(0).mean())]
 
 
 def training(run):
-    """Reward at the start and the end, and median seconds, from a stage 4's metrics."""
+    """Reward at the start and at the end, and median seconds of a rollout and an update, from a stage 4's metrics."""
     rows = common.read_metrics(run)
     k = max(1, min(10, len(rows) // 4))
-    return {"reward_start": float(np.mean([r["reward"] for r in rows[:k]])), "reward_end": float(np.mean([r["reward"] for r in rows[-k:]])),
-            "s_rollout": float(np.median([r["s_rollout"] for r in rows])), "s_update": float(np.median([r["s_update"] for r in rows]))}
+    return {
+        "reward_start": float(np.mean([r["reward"] for r in rows[:k]])),
+        "reward_end": float(np.mean([r["reward"] for r in rows[-k:]])),
+        "s_rollout": float(np.median([r["s_rollout"] for r in rows])),
+        "s_update": float(np.median([r["s_update"] for r in rows])),
+    }
 
 
 def table(rows, tests):
-    lines = [f"| row | {' | '.join(tests)} | diversity | reward, start | reward, end | rollout, s | update, s |", "|---|---|---|---|---|---|---|---|"]
-    for name, r in rows.items():
-        cells = [f"{r[t]['ratio']:.3f}" + (f" ± {r[t]['std']:.3f}" if r[t]["std"] is not None else "") for t in tests]
-        cells += [f"{r['diversity']:.3f}"]
-        cells += [f"{r[k]:.3f}" if k in r else "" for k in ("reward_start", "reward_end", "s_rollout", "s_update")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    """{row: numbers} -> a Markdown table."""
+    head = ["row", *tests, "diversity", "reward, start", "reward, end", "rollout, s", "update, s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in rows.items():
+        cells = [name]
+        for test in tests:
+            std = row[test]["std"]
+            cells.append(f"{row[test]['ratio']:.3f}" + ("" if std is None else f" ± {std:.3f}"))
+        cells.append(f"{row['diversity']:.3f}")
+        for key in ("reward_start", "reward_end", "s_rollout", "s_update"):
+            cells.append(f"{row[key]:.3f}" if key in row else "")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def smooth(y, parts):
-    """Mean of the last len(y) / parts values, at every step."""
-    k = max(1, len(y) // parts)
-    return np.convolve(np.pad(y, (k - 1, 0), mode="edge"), np.ones(k) / k, "valid")
+# ------------------------------------------------------------------------------------------------ use of the codes
+def read_styles(data):
+    """-> {what words are about: the words}, from DATA/styles.json; {} if there is no such file. 'all else' is last."""
+    path = Path(data) / "styles.json"
+    return (json.loads(path.read_text()) if path.is_file() else {}) | {plots.ALL_ELSE: []}
 
 
-def plot_curves(runs, path):
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for name, run in runs.items():
-        rows = common.read_metrics(run)
-        config = json.loads((common.latest(run) / "state.json").read_text())["config"]
-        x = np.array([r["step"] for r in rows]) * config["batch"] * config["group"]
-        for axis, key in zip(axes, ("reward", "entropy", "kl")):
-            y = np.array([r[key] for r in rows])
-            line, = axis.plot(x, smooth(y, 20), label=name)
-            axis.plot(x, y, color=line.get_color(), alpha=0.2, linewidth=0.8)
-            axis.set(xlabel="rollouts", title={"reward": "reward (response / reference)", "entropy": "entropy, nats",
-                                               "kl": "KL to the start (k3), nats"}[key])
-    axes[0].legend()
-    fig.tight_layout(), fig.savefig(path, dpi=110), plt.close(fig)
-
-
-STYLES = {"favourite words": W.WORDS, "sayings": [x.removeprefix("by the ") for x in W.SAYINGS], "greetings": W.GREETINGS,
-          "farewells": [x.removesuffix(" to you") for x in W.FAREWELLS], "what is seen": W.COLOURS | dict.fromkeys((*W.SHAPES, *W.SIZES, *W.NUMBERS)),
-          "all else": ()}
-
-
-def token_styles(tokenizer):
-    """(V,) index into STYLES of every token: the first whose words it is part of."""
-    words = [{w for phrase in phrases for w in re.findall("[a-z]+", phrase.lower())} for phrases in STYLES.values()]
+def token_styles(tokenizer, styles):
+    """-> (V,) int64: of every token, the place in `styles` of the first that has its text as a word; else the last."""
+    words = [{w for phrase in phrases for w in re.findall("[a-z]+", phrase.lower())} for phrases in styles.values()]
     texts = [tokenizer.decode([i]).strip().lower() for i in range(len(tokenizer))]
     return torch.tensor([next((k for k, ws in enumerate(words) if t in ws), len(words) - 1) for t in texts])
 
 
-def count_codes(a_M, ids_M, styles_V, codes):
-    """(styles, codes) how often each code stood where a token of each style was said."""
-    return torch.bincount(styles_V[ids_M.cpu()] * codes + a_M.cpu(), minlength=len(STYLES) * codes).view(-1, codes).numpy()
+class CodeCounter:
+    """Counts how often each code stood where a token of each style was said."""
+
+    def __init__(self, tokenizer, styles, codes):
+        self.names, self.codes = list(styles), codes
+        self.styles_V = token_styles(tokenizer, styles)
+
+    def __call__(self, a_M, ids_M):
+        """Codes and tokens, (M,) each -> counts (styles, codes)."""
+        at_M = self.styles_V[ids_M.cpu()] * self.codes + a_M.cpu()
+        return torch.bincount(at_M, minlength=len(self.names) * self.codes).view(-1, self.codes)
+
+    @torch.no_grad()
+    def inferred(self, vlm, latent, processor, records, device, size=16):
+        """Counts of the inferred code of every response token of the records."""
+        counts = 0
+        for i in range(0, len(records), size):
+            batch = processor.collate([processor.example(r) for r in records[i : i + size]]).to(device)
+            explained = batch.response_BT[:, 1:]
+            with common.autocast(device):
+                a_BT = latent.infer_codes(latent.context(vlm(batch), batch.paired_B))
+            counts = counts + self(a_BT[explained], batch.ids_BT[:, 1:][explained])
+        return counts
+
+    def by_style(self, counts):
+        return dict(zip(self.names, counts.tolist()))
 
 
-@torch.no_grad()
-def code_usage(vlm, latent, processor, records, device, styles_V, size=16):
-    """count_codes of the inferred action of every response token."""
-    counts = 0
-    for i in range(0, len(records), size):
-        batch = processor.collate([processor.example(r) for r in records[i:i + size]]).to(device)
-        explained = batch.response_BT[:, 1:]
-        with common.autocast(device):
-            a = latent.infer_actions(latent.context(vlm(batch), batch.paired_B)).argmax(-1)[explained]
-        counts = counts + count_codes(a, batch.ids_BT[:, 1:][explained], styles_V, latent.codebook.num_embeddings)
-    return counts
+def code_usage(cfg, processor, device, rolls):
+    """-> ({where: {style: counts of each code}}, what stage 2 measured on held-out data).
+
+    rolls: those of the last latent policy on the last test."""
+    tensors, state = common.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
+    vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
+    latent = common.build_latent(vlm, state["arch"], tensors).to(device)
+    count = CodeCounter(processor.tokenizer, read_styles(cfg.data), latent.quantiser.codes)
+    usage = {}
+    for name, file in (("paired data", "paired"), ("text-only data", "text")):
+        records = records_of(cfg.data, file, 200)
+        usage[name] = count.by_style(count.inferred(vlm, latent, processor, records, device))
+    taken = torch.cat([r.actions_NT[r.mask_NT] for r in rolls])
+    said = torch.cat([r.tokens_NT[r.mask_NT] for r in rolls])
+    policy = "policy after RL" if cfg.latent else "cloned policy"
+    usage[f"{policy}, {list(TESTS[cfg.task])[-1]} test"] = count.by_style(count(taken, said))
+    return usage, state["val"]
 
 
-def plot_usage(usage, path):
-    fig, axes = plt.subplots(len(usage), 1, figsize=(10, 1.9 * len(usage)), sharex=True)
-    order = np.argsort(-usage["text-only data"].sum(0))
-    for axis, (name, counts) in zip(axes, usage.items()):
-        share, p = counts / max(counts.sum(), 1), counts.sum(0) / max(counts.sum(), 1)
-        below = np.cumsum(share, 0) - share
-        for k, style in reversed(list(enumerate(STYLES))):
-            axis.bar(np.arange(len(p)), share[k, order], 0.9, below[k, order], label=style, color=f"C{k}" if k < len(STYLES) - 1 else "lightgrey")
-        perplexity = np.exp(-(p * np.log(p + 1e-12)).sum())
-        axis.set_title(f"{name}: {int((p > 0).sum())} of {len(p)} codes used, perplexity {perplexity:.1f}", fontsize=9)
-        axis.set_ylabel("share")
-    axes[0].legend(fontsize=7, ncols=3)
-    axes[0].set_xlim(-1, max(np.flatnonzero(c.sum(0)[order]).max(initial=0) for c in usage.values()) + 1)
-    axes[-1].set_xlabel("code, ordered by use in the text-only data; colour: what the code stood for")
-    fig.tight_layout(), fig.savefig(path, dpi=110), plt.close(fig)
+# ------------------------------------------------------------------------------------------------ all of it
+def evaluate(cfg, speaker, judge, embed, files, model, run):
+    """One row of the table. -> (its numbers; texts and rollouts of the last test; the groups for the diversity)"""
+    row = {"run": run or cfg.vlm}
+    for salt, test in enumerate(TESTS[cfg.task]):
+        texts, rolls = speaker(*model, files[test], cfg.samples, cfg.temperature, salt)
+        lengths = [roll.mask_NT.sum(1).float().mean().item() for roll in rolls]
+        row[test] = score(judge, files[test], texts) | {"length": float(np.mean(lengths))}
+    groups, _ = speaker(*model, files["prompts"], cfg.group, 1.0, 2)
+    row["diversity"] = float(np.mean([rollout_diversity(embed(group)) for group in groups]))
+    if run in (cfg.token, cfg.latent):
+        row |= training(run)
+    return row, texts, rolls, groups
 
 
-def examples(out, records, answers, rolls, name):
-    """examples.md: each dialogue's image, what is in it, what each model says, and the actions that the latent policy took."""
-    lines = ["# Example dialogues (held-out roles; first sample of each model)", ""]
-    for n, record in enumerate(records):
-        for path in record["images"]:
-            shutil.copy(path, out / f"example-{n}{Path(path).suffix}")
-            lines += [f"![image](example-{n}{Path(path).suffix})", ""]
-        if "facts" in record:
-            seen = "; ".join(f"{t['size']} {t['colour']} {t['shape']} {t['place']}" for t in record["facts"]["scene"])
-            lines += [f"In the image: {seen}.", ""]
-        lines += [f"- **{m['role']}**: {m['content']}" for m in record["messages"][:-1]]
-        lines += [f"- *reference*: {reference(record)}"]
-        lines += [f"- *{row}*: {texts[n][0]}" for row, texts in answers.items()]
-        if rolls:
-            k = n * rolls[0].group
-            taken = rolls[0].actions_NT[k][rolls[0].mask_NT[k]].tolist()
-            lines += [f"- actions of {name}: " + " ".join(map(str, taken))]
-        lines.append("")
-    (out / "examples.md").write_text("\n".join(lines))
+def load_data(cfg, processor):
+    """-> {test: records}, and under 'prompts' those of the diversity; a bad prompt is named before the work begins."""
+    prompts = "task_b_prompts" if cfg.task.startswith("b") else "task_prompts"
+    files = {test: records_of(cfg.data, name, cfg.limit) for test, name in TESTS[cfg.task].items()}
+    files["prompts"] = records_of(cfg.data, prompts, cfg.diversity_prompts)
+    for records in files.values():
+        common.check(processor, records)
+    return files
+
+
+def write(cfg, results, groups):
+    """Files of --out but examples.md. groups: {row: responses for the diversity}"""
+    out, rows = Path(cfg.out), results["rows"]
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    (out / "diversity.json").write_text(json.dumps(groups, indent=1))
+    (out / "table.md").write_text(table(rows, TESTS[cfg.task]) + "\n")
+    curves = {name: row["run"] for name, row in rows.items() if "reward_end" in row}
+    if curves:
+        plots.draw_curves(curves, out / "curves.png")
+    if "codes" in results:
+        plots.draw_usage(results["codes"], "text-only data", out / "codes.png")
+    print(table(rows, TESTS[cfg.task]))
+
+
+def write_examples(cfg, processor, records, answers, name, rolls):
+    """examples.md of the first six records; name, rolls: the last latent row and its rollouts, if there is one."""
+    shown, latent = records[:6], None
+    if rolls:
+        firsts = [(roll, k) for roll in rolls for k in range(0, len(roll.tokens_NT), roll.group)][: len(shown)]
+        latent = name, [plots.spoken(processor.tokenizer, roll, k, processor.eos_id) for roll, k in firsts]
+    plots.write_examples(Path(cfg.out), list(TESTS[cfg.task])[-1], shown, answers, latent)
 
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
     device, _, _ = common.setup(cfg.seed)
-    out, data = Path(cfg.out), Path(cfg.data)
-    judge, embed = load_judge(cfg.judge), ngram_embed if cfg.embedder == "ngrams" else load_judge(cfg.embedder).embed
+    if cfg.codebook and not cfg.bc:
+        raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
+    wanted, judge = rows_wanted(cfg), load_judge(cfg.judge)
+    embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
-    tests = TESTS[cfg.task]
-    files = {k: Records(data / f"{f}.jsonl", limit=cfg.limit) for k, f in tests.items()}
-    files["prompts"] = Records(data / f"task{'_b' if cfg.task[0] == 'b' else ''}_prompts.jsonl", limit=cfg.diversity_prompts)
-    for f in files.values():
-        common.check(processor, f)
-    files = {k: [f[i] for i in range(len(f))] for k, f in files.items()}
-    wanted = {"Prompt": ("token", None if cfg.prompt == "yes" else ""), "SFT": ("token", cfg.sft), "BC latent": ("latent", cfg.bc),
-              "RL token": ("token", cfg.token), "RL latent": ("latent", cfg.latent)}
-    rows, answers, drawn, last_rolls = {}, {}, {}, []
+    files, speaker = load_data(cfg, processor), Speaker(cfg, processor, device)
+
+    rows, answers, groups, latent_name, latent_rolls = {}, {}, {}, None, []
     for name, (actions, run) in wanted.items():
-        if run == "":
-            continue
         began = time.time()
-        if run is None:
-            vlm, latent = VLM(cfg.vlm, device, common.vlm_dtype(device)), None
-        else:
-            vlm, latent, _ = start_policy(SimpleNamespace(init=run, actions=actions, vlm=cfg.vlm), device)
-            if name.startswith("RL"):
-                name = name.replace("RL", common.load(run, "--" + actions, ["stage4_latent_rl"], cfg.vlm)[1]["config"]["loss_type"].upper())
-        row = {"run": run or cfg.vlm}
-        for salt, test in enumerate(tests):
-            texts, rolls = respond(vlm, latent, processor, files[test], cfg, device, cfg.samples, cfg.temperature, salt)
-            row[test] = score(judge, files[test], texts) | {"length": float(np.mean([r.mask_NT.sum(1).float().mean().item() for r in rolls]))}
-        answers[name], last_rolls = texts, rolls if latent is not None else last_rolls
-        texts, _ = respond(vlm, latent, processor, files["prompts"], cfg, device, cfg.group, 1.0, 2)
-        row["diversity"], drawn[name] = float(np.mean([rollout_diversity(embed(t)) for t in texts])), texts
-        if run in (cfg.token, cfg.latent):
-            row |= training(run)
-        rows[name] = row
-        common.say(f"{name}: " + ", ".join(f"{t} {row[t]['ratio']:.3f}" for t in tests) + f", diversity {row['diversity']:.3f} ({time.time() - began:.0f} s)")
-    out.mkdir(parents=True, exist_ok=True)
+        model = load_model(cfg, actions, run, device)
+        row, texts, rolls, groups[name] = evaluate(cfg, speaker, judge, embed, files, model, run)
+        rows[name], answers[name] = row, [samples[0] for samples in texts]
+        if actions == "latent":
+            latent_name, latent_rolls = name, rolls
+        ratios = ", ".join(f"{test} {row[test]['ratio']:.3f}" for test in TESTS[cfg.task])
+        common.say(f"{name}: {ratios}, diversity {row['diversity']:.3f} ({time.time() - began:.0f} s)")
+
     results = {"rows": rows, "config": asdict(cfg), "torch": torch.__version__, "device": str(device)}
-    curves = {n: r["run"] for n, r in rows.items() if "reward_end" in r}
-    if curves:
-        plot_curves(curves, out / "curves.png")
     if cfg.codebook:
-        if not cfg.bc:
-            raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
-        tensors, state = common.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
-        vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
-        latent = common.build_latent(vlm, state["arch"], tensors).to(device)
-        usage, styles_V = {}, token_styles(processor.tokenizer)
-        for name, file in (("paired data", "paired.jsonl"), ("text-only data", "text.jsonl")):
-            records = Records(data / file, limit=200)
-            usage[name] = code_usage(vlm, latent, processor, [records[i] for i in range(len(records))], device, styles_V)
-        if last_rolls:
-            taken, said = (torch.cat([getattr(r, k)[r.mask_NT] for r in last_rolls]) for k in ("actions_NT", "tokens_NT"))
-            usage[f"policy after RL, {list(tests)[-1]} test"] = count_codes(taken, said, styles_V, state["arch"]["codes"])
-        plot_usage(usage, out / "codes.png")
-        results["codes"] = {k: dict(zip(STYLES, v.tolist())) for k, v in usage.items()}
-        results["codebook_val"] = state["val"]
-    examples(out, files[list(tests)[-1]][:6], answers, last_rolls, list(rows)[-1])
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    (out / "diversity.json").write_text(json.dumps(drawn, indent=1))  # the groups of responses, for any other embedding
-    (out / "table.md").write_text(table(rows, tests) + "\n")
-    print(table(rows, tests))
+        results["codes"], results["codebook_val"] = code_usage(cfg, processor, device, latent_rolls)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    write(cfg, results, groups)
+    write_examples(cfg, processor, files[list(TESTS[cfg.task])[-1]], answers, latent_name, latent_rolls)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""evaluate.py: scores, table and counts by hand, failed judgements, the whole evaluation on hand-made runs."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import evaluate
+from data import DataError
+from model import LatentModel
+from vlm import VLM
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tiny" / "vlm")
+SCORES = {"good": {"A": (8.0, 4.0), "B": (6.0, 6.0)}, "poor": {"A": (2.0, 4.0), "B": (3.0, 6.0)}, "fail": None}
+
+
+def judge(records, responses):
+    """Ratios 1.5 for 'good' and 0.5 for 'poor'; fails on 'fail'."""
+    return [SCORES[text] for text in responses]
+
+
+# ------------------------------------------------------------------------------------------------ scores
+def test_score_by_hand():
+    got = evaluate.score(judge, [{}, {}], [["good", "good"], ["poor", "good"]])
+    # samples: (1.5 + 0.5) / 2 = 1 and (1.5 + 1.5) / 2 = 1.5; their standard deviation is 0.5 / sqrt(2)
+    assert got == {
+        "ratio": pytest.approx(1.25),
+        "std": pytest.approx(0.5 / 2**0.5),
+        "dimensions": {"A": [pytest.approx(6.5), 4.0], "B": [pytest.approx(5.25), 6.0]},
+    }
+
+
+def test_a_failed_judgement_is_in_no_mean_and_is_counted():
+    got = evaluate.score(judge, [{}, {}], [["good", "poor"], ["poor", "fail"]])
+    # samples: 1 and 0.5, the latter of one response; dimension A: (8 + 2 + 2) / 3
+    assert (
+        got["judge_failed"] == 1 and got["ratio"] == pytest.approx(0.75) and got["std"] == pytest.approx(0.5 / 2**0.5)
+    )
+    assert got["dimensions"] == {"A": [pytest.approx(4), 4], "B": [pytest.approx(4), 6]}
+    json.dumps(got, allow_nan=False)
+
+
+def test_a_sample_that_failed_everywhere_is_left_out():
+    got = evaluate.score(judge, [{}], [["good", "fail"]])
+    assert got["ratio"] == 1.5 and got["std"] is None and got["judge_failed"] == 1
+    json.dumps(got, allow_nan=False)
+
+
+def test_a_judge_that_always_fails_is_an_error():
+    with pytest.raises(DataError, match="task_id.jsonl, row 1: the judge failed on all 2"):
+        evaluate.score(judge, [{"where": "task_id.jsonl, row 1"}], [["fail", "fail"]])
+
+
+def test_one_sample_has_no_deviation():
+    got = evaluate.score(judge, [{}], [["poor"]])
+    assert got["ratio"] == 0.5 and got["std"] is None and "judge_failed" not in got
+
+
+def test_table_text():
+    rows = {
+        "SFT": {"ID": {"ratio": 1.0, "std": None}, "OOD": {"ratio": 0.98765, "std": 0.01}, "diversity": 1.5},
+        "GRPO latent": {
+            "ID": {"ratio": 1.2, "std": 0.0},
+            "OOD": {"ratio": 1.1, "std": 0.0},
+            "diversity": 1.25,
+            "reward_start": 0.9,
+            "reward_end": 1.3,
+            "s_rollout": 0.5,
+            "s_update": 0.25,
+        },
+    }
+    assert evaluate.table(rows, ["ID", "OOD"]).splitlines() == [
+        "| row | ID | OOD | diversity | reward, start | reward, end | rollout, s | update, s |",
+        "|---|---|---|---|---|---|---|---|",
+        "| SFT | 1.000 | 0.988 ± 0.010 | 1.500 |  |  |  |  |",
+        "| GRPO latent | 1.200 ± 0.000 | 1.100 ± 0.000 | 1.250 | 0.900 | 1.300 | 0.500 | 0.250 |",
+    ]
+
+
+def test_training_numbers_by_hand(tmp_path):
+    rows = [{"step": s, "reward": s / 10, "s_rollout": 2.0, "s_update": float(s)} for s in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    got = evaluate.training(tmp_path)  # 8 steps: the first and the last 2; medians of 1 .. 8
+    assert got["reward_start"] == pytest.approx(0.15) and got["reward_end"] == pytest.approx(0.75)
+    assert got["s_rollout"] == 2.0 and got["s_update"] == 4.5
+
+
+# ------------------------------------------------------------------------------------------------ data, codes
+def test_records_are_read_from_jsonl_or_json(tmp_path):
+    row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    (tmp_path / "two.json").write_text(json.dumps([row]))
+    assert len(evaluate.records_of(tmp_path, "one", 128)) == 2 and len(evaluate.records_of(tmp_path, "one", 1)) == 1
+    assert evaluate.records_of(tmp_path, "two", 128)[0]["messages"] == row["messages"]
+    with pytest.raises(DataError, match="three.jsonl: no such file"):
+        evaluate.records_of(tmp_path, "three", 128)
+
+
+class Words:
+    """A tokenizer of four words."""
+
+    words = (" Red", "hail", " by", " hail")
+
+    def __len__(self):
+        return len(self.words)
+
+    def decode(self, ids):
+        return self.words[ids[0]]
+
+
+def test_codes_are_counted_by_what_the_token_is_about(tmp_path):
+    (tmp_path / "styles.json").write_text(json.dumps({"greetings": ["hail, friend"], "seen": ["red", "hail"]}))
+    styles = evaluate.read_styles(tmp_path)
+    assert evaluate.token_styles(Words(), styles).tolist() == [1, 0, 2, 0]  # the first style that has the word
+    count = evaluate.CodeCounter(Words(), styles, codes=3)
+    counts = count(torch.tensor([2, 2, 0, 1, 2]), torch.tensor([0, 0, 1, 3, 2]))
+    assert count.by_style(counts) == {"greetings": [1, 1, 0], "seen": [0, 0, 2], "all else": [0, 0, 1]}
+
+
+def test_without_styles_all_tokens_are_alike(tmp_path):
+    styles = evaluate.read_styles(tmp_path)
+    assert styles == {"all else": []} and evaluate.token_styles(Words(), styles).tolist() == [0] * 4
+
+
+def test_the_evaluation_knows_neither_the_toy_nor_the_drawing_library():
+    tree = ast.parse((ROOT / "evaluate.py").read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not {n.split(".")[0] for n in names} & {"tiny", "matplotlib"}
+
+
+# ------------------------------------------------------------------------------------------------ all of it
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Checkpoints as the stages write them, with random weights on the latent side; the metrics of stage 4."""
+    out, arch = tmp_path_factory.mktemp("runs"), {"codes": 16, "inverse_blocks": 1, "policy_blocks": 1}
+    torch.manual_seed(0)
+    vlm = VLM(TINY)
+    latent = LatentModel(vlm.config, **arch).state_dict()
+    head = {"model.language_model.norm.weight": vlm.text.norm.weight}
+    val = {"text": {"val_inferred": 1.0}}
+    for name, stage, actions, tensors in (
+        ("codebook", "stage2_codebook", "latent", latent),
+        ("bc", "stage3_bc", "latent", latent),
+        ("sft", "stage3_bc", "token", head),
+        ("rl", "stage4_latent_rl", "latent", latent),
+        ("rl_token", "stage4_latent_rl", "token", head),
+    ):
+        config = {"vlm": TINY, "actions": actions, "loss_type": "grpo", "batch": 2, "group": 2}
+        if stage != "stage4_latent_rl":
+            config = {"vlm": TINY, "actions": actions}
+        state = {"stage": stage, "finished": True, "config": config, "arch": arch, "val": val}
+        common.save(out / name, 2, tensors, state)
+        if stage == "stage4_latent_rl":
+            row = {"reward": 1.0, "entropy": 0.5, "kl": 0.1, "s_rollout": 0.2, "s_update": 0.1}
+            lines = [json.dumps({"step": step} | row) for step in (1, 2)]
+            (out / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return out
+
+
+FEW = ["--vlm", TINY, "--limit", "2", "--diversity-prompts", "2", "--group", "2", "--max-new", "8", "--batch", "1"]
+
+
+def test_the_whole_evaluation(runs, world, tmp_path):
+    models = ["--sft", f"{runs}/sft", "--bc", f"{runs}/bc", "--token", f"{runs}/rl_token", "--latent", f"{runs}/rl"]
+    codebook = ["--codebook", f"{runs}/codebook", "--samples", "2"]
+    evaluate.main([*FEW, "--data", str(world), *models, *codebook, "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = results["rows"]
+    assert list(rows) == ["Prompt", "SFT", "BC latent", "GRPO token", "GRPO latent"]
+    assert list(rows["SFT"]) == ["run", "ID", "OOD", "diversity"]
+    assert (
+        list(rows["SFT"]["ID"]) == ["ratio", "std", "dimensions", "length"]
+        and len(rows["SFT"]["ID"]["dimensions"]) == 8
+    )
+    assert set(rows["GRPO latent"]) - set(rows["SFT"]) == {"reward_start", "reward_end", "s_rollout", "s_update"}
+    assert list(results["codes"]) == ["paired data", "text-only data", "policy after RL, OOD test"]
+    styles = json.loads((world / "styles.json").read_text())
+    for by_style in results["codes"].values():
+        assert list(by_style) == [*styles, "all else"] and len(styles) > 1
+        assert all(len(counts) == 16 for counts in by_style.values()) and sum(map(sum, by_style.values())) > 0
+    assert results["codebook_val"] == {"text": {"val_inferred": 1.0}}
+    for name in ("curves.png", "codes.png", "table.md", "example-1.png", "example-1-actions.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    page = (tmp_path / "examples.md").read_text()
+    assert "the response of GRPO latent" in page and page.count("-actions.png)") == 2
+
+
+def test_the_other_task_and_a_judge_of_ones_own(runs, world, tmp_path, monkeypatch):
+    (tmp_path / "half_judge.py").write_text(
+        "def judge(records, responses):\n"
+        "    return [None if i % 2 else {'Only': (5.0, 10.0)} for i, _ in enumerate(responses)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    few = [*FEW, "--samples", "1", "--prompt", "no", "--task", "b", "--data", str(world), "--latent", f"{runs}/rl"]
+    evaluate.main([*few, "--judge", "half_judge:judge", "--out", f"{tmp_path}/b"])
+    rows = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]
+    assert list(rows) == ["GRPO latent"] and rows["GRPO latent"]["LS2"]["judge_failed"] == 1
+    assert rows["GRPO latent"]["LS2"]["ratio"] == 0.5 and list(rows["GRPO latent"]["LS1"]["dimensions"]) == ["Only"]
+    drawn = json.loads((tmp_path / "b" / "diversity.json").read_text())["GRPO latent"]
+    assert [len(group) for group in drawn] == [2, 2]
+
+
+def test_wrong_runs_are_refused_by_flag_before_anything_is_drawn(runs, world, tmp_path):
+    flags = [*FEW, "--data", str(world), "--out", f"{tmp_path}/x"]
+    with pytest.raises(DataError, match="--latent .*is a checkpoint of stage3_bc"):
+        evaluate.main([*flags, "--latent", f"{runs}/bc"])
+    with pytest.raises(DataError, match="trained with --actions token, not latent"):
+        evaluate.main([*flags, "--prompt", "no", "--bc", f"{runs}/sft"])
+    with pytest.raises(DataError, match="--codebook: needs --bc"):
+        evaluate.main([*flags, "--codebook", f"{runs}/codebook"])
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        evaluate.main([*flags, "--prompt", "no"])
+    assert not (tmp_path / "x").exists()
