@@ -252,7 +252,8 @@ def update(agent, objective, roll, adv_N, keep_N):
         for i in range(0, len(mask_NT), size):
             part = slice(i, i + size)
             some, mask = roll.rows(part) if size < len(mask_NT) else roll, mask_NT[part]
-            (logp, H), logp_ref = objective(some), agent.reference_logp(some)
+            with common.autocast(mask.device):  # not around the step: the cache of cast weights would not notice it
+                (logp, H), logp_ref = objective(some), agent.reference_logp(some)
             loss = policy_loss(
                 logp,
                 some.logp_NT,
@@ -330,8 +331,7 @@ def main(argv=None):
         adv_BG = group_advantages(r_BG, cfg.loss_type)
         equal_B = (adv_BG.abs() < 1e-6).all(1)
         keep_BG = ~torch.isnan(r_BG) & (~equal_B[:, None] | algorithm(cfg.loss_type).equal_groups)
-        with common.autocast(device):
-            metrics = update(agent, objective, roll, adv_BG.flatten(), keep_BG.flatten())
+        metrics = update(agent, objective, roll, adv_BG.flatten(), keep_BG.flatten())
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = {"s_rollout": rolled - began, "s_judge": judged - rolled, "s_update": time.perf_counter() - judged}

@@ -141,9 +141,11 @@ class HeadLogProbs(torch.autograd.Function):
     """log p(x | y), p = softmax of the LM head's logits W y (as `log_probs` shapes them), without holding all (M, V)
     of them.
 
-    Works on a few rows at a time, LOGITS numbers in all. The gradient d log p(x) / d y = (W[x] - sum_v p_v W[v]) /
-    temperature is worked out in the forward pass, while p is there; backward only scales it. A head that trains (the
-    token-level baseline) needs p once more, for d log p(x) / d W = (1[v = x] - p_v) y / temperature."""
+    Works on a few rows at a time, LOGITS numbers in all. The gradient d log p(x) / d y = sum_v (1[v = x] - p_v) W[v] /
+    temperature is worked out in the forward pass, while p is there; backward only scales it. The 1 is subtracted before
+    the product: in bfloat16 W[x] - sum_v p_v W[v] would be a small difference of two rounded numbers where p is near 1.
+    A head that trains (the token-level baseline) needs p once more, for d log p(x) / d W = (1[v = x] - p_v) y /
+    temperature."""
 
     LOGITS = 2**23
 
@@ -165,7 +167,8 @@ class HeadLogProbs(torch.autograd.Function):
             if with_entropy:
                 H_M[part] = torch.special.entr(p).sum(-1)
             if grad_MD is not None:
-                grad_MD[part] = (weight_VD[ids_M[part]] - p.to(weight_VD.dtype) @ weight_VD) / shape[0]
+                p[torch.arange(len(p)), ids_M[part]] -= 1
+                grad_MD[part] = p.to(weight_VD.dtype) @ weight_VD / -shape[0]
         for_weight = (y_MD, weight_VD, ids_M) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(grad_MD, *for_weight)
         ctx.shape, ctx.rows = shape, rows

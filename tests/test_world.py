@@ -22,20 +22,25 @@ def rows(world, name):
 def test_the_world_is_the_same_for_the_same_seed(world, tmp_path):
     W.write_world(tmp_path, seed=0, paired=3, text=3, demos=3, prompts=2, tests=2)
     for name in FILES:
-        assert (tmp_path / f"{name}.jsonl").read_text().splitlines()[:2] == (world / f"{name}.jsonl").read_text().splitlines()[:2]
+        assert rows(tmp_path, name)[:2] == rows(world, name)[:2]
     assert (tmp_path / "images/paired-0.png").read_bytes() == (world / "images/paired-0.png").read_bytes()
 
 
 def test_a_drawn_scene_has_its_colours_in_their_places():
     rng = random.Random(0)
+
+    def near(cell):
+        """The colours of which a cell has a pixel."""
+        pixels = set(cell.get_flattened_data())
+        return {c for c, rgb in W.COLOURS.items() if any(sum(abs(a - b) for a, b in zip(p, rgb)) < 12 for p in pixels)}
+
     for _ in range(40):
         scene = W.random_scene(rng)
         image = W.draw_scene(scene, rng)
         for place in W.PLACES:
             row, col = divmod(W.PLACES.index(place), 3)
             cell = image.crop((col * 28, row * 28, col * 28 + 28, row * 28 + 28))
-            near = {name for name, rgb in W.COLOURS.items() if any(sum(abs(a - b) for a, b in zip(p, rgb)) < 12 for p in set(cell.get_flattened_data()))}
-            assert near == {t.colour for t in scene if t.place == place}
+            assert near(cell) == {t.colour for t in scene if t.place == place}
 
 
 def test_questions_have_one_answer():
@@ -62,7 +67,8 @@ def test_what_is_held_out_is_in_no_training_file(world):
             assert W.unseen(scene) == (name in ("task_id", "task_ood", "task_b_ls1", "task_b_ls2"))
 
 
-LS2_PERSON = re.compile(r"\b(" + "|".join(p for person in W.LS2_PERSONS for p in (person, W.DUTIES[person])) + r")\b")
+PERSONS_AND_DUTIES = [p for person in W.LS2_PERSONS for p in (person, W.DUTIES[person])]
+LS2_PERSON = re.compile(r"\b(" + "|".join(PERSONS_AND_DUTIES) + r")\b")
 
 
 def test_role_sets():
@@ -111,11 +117,12 @@ def test_what_the_vlm_is_pretrained_on_keeps_out_what_is_held_out():
 def test_demonstrations_are_narrow(world):
     for r in rows(world, "task_demos"):
         role, answer = r["facts"]["role"], r["messages"][-1]["content"].lower()
-        assert answer.startswith(role["greeting"]) and role["saying"] not in answer and f" {role['word']} " not in answer
+        assert answer.startswith(role["greeting"])
+        assert role["saying"] not in answer and f" {role['word']} " not in answer
     cared = []
     for r in rows(world, "task_b_demos"):
         person, place, answer = r["facts"]["person"], r["facts"]["place"], r["messages"][-1]["content"]
-        assert answer.startswith(f"As {W._a(person)}, {W.DUTIES[person]}. ") and "Start with the " in answer
+        assert answer.startswith(f"As {W.with_article(person)}, {W.DUTIES[person]}. ") and "Start with the " in answer
         assert "stay" not in answer.lower() and not any(e in answer.lower() for e in W.ENCOURAGEMENTS)
         cared.append(W.ADVICE[place] in answer)
     assert any(cared) and not all(cared)
@@ -125,8 +132,22 @@ def test_task_b_asks_for_the_person_at_the_place(world):
     for name in TASK_B:
         for r in rows(world, name):
             facts, (system, user, _) = r["facts"], [m["content"] for m in r["messages"]]
-            assert facts["task"] == "situation" and f"I am {W._a(facts['person'])} at {facts['place']}." in user and user.startswith("<image>")
+            assert facts["task"] == "situation" and user.startswith("<image>I am ")
+            assert f"I am {W.with_article(facts['person'])} at {facts['place']}." in user
             assert f"{facts['person']} at {facts['place']}" in system and system.count(" at the ") == 2
+
+
+def test_styles_tell_what_a_word_is_about(world):
+    styles = json.loads((world / "styles.json").read_text())
+    assert list(styles) == ["favourite words", "sayings", "greetings", "farewells", "what is seen"]
+    assert styles["favourite words"][:2] == ["splendid", "marvellous"] and len(styles["favourite words"]) == 32
+    # 12 adjectives and 12 nouns; 'by the' and 'to you' stand in every saying and farewell, and tell nothing
+    assert {"old", "sea", "lonely", "forge"} <= set(styles["sayings"]) and len(styles["sayings"]) == 24
+    assert {"fair", "winds", "sweet", "tides"} <= set(styles["farewells"]) and len(styles["farewells"]) == 24
+    # 12 openings, two of them of two words ('good day', 'well met'); 12 names, three of them of two ('my lord', ...)
+    assert {"ahoy", "good", "day", "my", "lord"} <= set(styles["greetings"]) and len(styles["greetings"]) == 14 + 15
+    # 8 colours, 6 shapes, 2 sizes, 5 numbers
+    assert {"red", "star", "large", "four"} <= set(styles["what is seen"]) and len(styles["what is seen"]) == 21
 
 
 def test_the_checkpoint_is_small_and_holds_no_code():
@@ -136,13 +157,14 @@ def test_the_checkpoint_is_small_and_holds_no_code():
 
 
 def test_the_checkpoint_sees():
-    """In 40 unseen scenes five of six answers are right (chance: below one in three): to the letter without a system message,
-    and by the judge under the profile of a held-out role."""
+    """In 40 unseen scenes five of six answers are right (chance: below one in three): to the letter without a system
+    message, and by the judge under the profile of a held-out role."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from data import Processor
     from tiny.train_vlm import evaluate
+
     vlm = str(ROOT / "tiny" / "vlm")
     model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=torch.float32).eval()
     scores = evaluate(model, Processor(vlm), count=40, advice=False)
@@ -153,6 +175,7 @@ def test_the_checkpoint_sees():
 @pytest.mark.parametrize("name", FILES)
 def test_every_record_goes_through(world, name):
     from data import Processor, Records
+
     processor, records = Processor(str(ROOT / "tiny" / "vlm"), 400), Records(world / f"{name}.jsonl")
     for i in range(len(records)):
         e = processor.example(records[i])
