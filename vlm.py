@@ -179,8 +179,8 @@ class HeadLogProbs(torch.autograd.Function):
     def backward(ctx, g_M, _):
         grad_MD, *for_weight = ctx.saved_tensors
         grad_y = None if grad_MD is None else grad_MD * g_M[:, None].to(grad_MD.dtype)
-        grad_W = HeadLogProbs.weight_gradient(ctx, g_M, *for_weight) if for_weight else None
-        return grad_y, grad_W, None, None, *[None] * len(ctx.shape)
+        grad_w = HeadLogProbs.weight_gradient(ctx, g_M, *for_weight) if for_weight else None
+        return grad_y, grad_w, None, None, *[None] * len(ctx.shape)
 
     @staticmethod
     def weight_gradient(ctx, g_M, y_MD, weight_VD, ids_M):

@@ -1,0 +1,339 @@
+"""All stages after each other through their command lines: what they leave behind, resume, refusals, two ranks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, cut_off, louder, same_weights, torchrun, weights
+
+import common
+import evaluate
+import stage1_projector
+import stage2_codebook
+import stage3_bc
+import stage4_latent_rl
+from data import DataError
+
+VLM = ["--vlm", TINY]
+SMALL = ["--codes", "16", "--inverse-blocks", "1", "--policy-blocks", "1", "--batch", "3", "--val", "4"]
+
+
+class Flags:
+    """The flags of each stage: the VLM, its data, and sizes so small that a step takes no time."""
+
+    def __init__(self, world):
+        self.paired = [*VLM, "--paired", f"{world}/paired.jsonl"]
+        self.both = [*self.paired, "--text", f"{world}/text.jsonl"]
+        self.book = [*self.both, *SMALL]
+        self.demos = ["--demos", f"{world}/task_demos.jsonl"]
+        self.clone = [*self.both, *self.demos, "--batch", "3", "--batch-adapt", "3"]
+        self.sft = [*VLM, "--actions", "token", *self.demos]
+        self.rl = [*VLM, "--prompts", f"{world}/task_prompts.jsonl", "--group", "2", "--judge", "helpers:letters"]
+
+
+@pytest.fixture(scope="module")
+def flags(world):
+    return Flags(world)
+
+
+@pytest.fixture(scope="module")
+def runs(flags, tmp_path_factory):
+    """The folder of all stages' runs, two steps each."""
+    out = tmp_path_factory.mktemp("runs")
+    stage1_projector.main([*flags.paired, "--steps", "2", "--batch", "4", "--out", f"{out}/1"])
+    book = ["--projector", f"{out}/1", "--steps-a", "2", "--steps-b", "2"]
+    stage2_codebook.main([*flags.book, *book, "--out", f"{out}/2"])
+    clone = ["--init", f"{out}/2", "--steps-clone", "2", "--steps-adapt", "2"]
+    stage3_bc.main([*flags.clone, *clone, "--out", f"{out}/3"])
+    stage3_bc.main([*flags.sft, "--steps-adapt", "2", "--batch-adapt", "3", "--out", f"{out}/sft"])
+    louder(out / "3", out / "loud")
+    rl = [*flags.rl, "--steps", "2", "--batch", "2", "--max-new", "10"]
+    stage4_latent_rl.main([*rl, "--init", f"{out}/loud", "--out", f"{out}/4"])
+    stage4_latent_rl.main([*rl, "--actions", "token", "--init", f"{out}/sft", "--out", f"{out}/4t"])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ from end to end
+def test_all_stages_leave_a_finished_run_and_a_log_of_every_step(runs):
+    for name, steps in (("1", 2), ("2", 4), ("3", 4), ("sft", 2), ("4", 2), ("4t", 2)):
+        state = common.read_state(runs / name)
+        assert state["finished"] and state["step"] == steps
+        assert [r["step"] for r in common.read_metrics(runs / name)] == list(range(1, steps + 1))
+
+
+def test_each_stage_changes_only_its_own_parts_of_the_one_before(runs):
+    """What comes out of stage 4 is stage 1's projector as stage 2 left it, stage 3's codebook, and its own policy."""
+    two, three, before, four = (weights(runs / k) for k in ("2", "3", "loud", "4"))
+    assert set(two) < set(three) == set(before) == set(four)
+    moved = {k.split(".")[0] for k in two if not torch.equal(two[k], three[k])}
+    assert moved == {"inverse", "quantiser", "world"}
+    assert {k.split(".")[0] for k in before if not torch.equal(before[k], four[k])} == {"policy"}
+    assert {k.split(".")[0] for k in two} == {"projector", "inverse", "quantiser", "world"}
+    sft, rl = weights(runs / "sft"), weights(runs / "4t")
+    assert set(sft) == set(rl) and not any(torch.equal(sft[k], rl[k]) for k in sft)
+
+
+def test_all_stages_and_the_evaluation_run(runs, world, tmp_path):
+    models = ["--sft", f"{runs}/sft", "--bc", f"{runs}/3", "--token", f"{runs}/4t", "--latent", f"{runs}/4"]
+    few = [*VLM, "--data", str(world), "--limit", "2", "--diversity-prompts", "2", "--max-new", "8"]
+    more = ["--codebook", f"{runs}/2", "--samples", "2", "--group", "2", "--out", str(tmp_path)]
+    evaluate.main([*few, *models, *more])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["rows"]) == ["Prompt", "SFT", "BC latent", "GRPO token", "GRPO latent"]
+    for name in ("curves.png", "codes.png", "examples.md", "table.md"):
+        assert (tmp_path / name).stat().st_size > 0
+    styles, used = json.loads((world / "styles.json").read_text()), results["codes"]["text-only data"]
+    assert set(used) == {*styles, "all else"} and all(len(counts) == 16 for counts in used.values())
+    task_b = ["--task", "b", "--prompt", "no", "--samples", "1", "--group", "3", "--out", f"{tmp_path}/b"]
+    evaluate.main([*few, "--latent", f"{runs}/4", *task_b])
+    rows = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]
+    assert list(rows) == ["GRPO latent"] and len(rows["GRPO latent"]["LS2"]["dimensions"]) == 5
+    drawn = json.loads((tmp_path / "b" / "diversity.json").read_text())["GRPO latent"]
+    assert [len(group) for group in drawn] == [3, 3]
+
+
+# -------------------------------------------------------------------------------- a run that was cut off goes on
+def assert_goes_on(monkeypatch, main, argv, out, after):
+    """Cut off after the checkpoint of each of these steps, the run ends as if it had not been."""
+    main([*argv, "--out", f"{out}/whole"])
+    for step in after:
+        cut = [*argv, "--out", f"{out}/cut-{step}"]
+        cut_off(monkeypatch, main, cut, step)
+        assert not common.read_state(out / f"cut-{step}")["finished"]
+        main(cut)
+        assert same_weights(out / "whole", out / f"cut-{step}"), step
+
+
+def test_stage_1_goes_on(flags, tmp_path, monkeypatch):
+    argv = [*flags.paired, "--steps", "4", "--batch", "3", "--save-every", "2"]
+    assert_goes_on(monkeypatch, stage1_projector.main, argv, tmp_path, [2])
+
+
+def test_stage_2_goes_on(flags, runs, tmp_path, monkeypatch):
+    """In phase a, between the phases, in phase b."""
+    argv = [*flags.book, "--projector", f"{runs}/1", "--steps-a", "2", "--steps-b", "3", "--save-every", "1"]
+    assert_goes_on(monkeypatch, stage2_codebook.main, argv, tmp_path, [1, 2, 4])
+
+
+def test_stage_3_goes_on(flags, runs, tmp_path, monkeypatch):
+    """While cloning, between cloning and adaptation, in adaptation."""
+    argv = [*flags.clone, "--init", f"{runs}/2", "--steps-clone", "2", "--steps-adapt", "2", "--save-every", "1"]
+    assert_goes_on(monkeypatch, stage3_bc.main, argv, tmp_path, [1, 2, 3])
+
+
+def test_sft_goes_on(flags, tmp_path, monkeypatch):
+    argv = [*flags.sft, "--steps-adapt", "2", "--batch-adapt", "3", "--save-every", "1"]
+    assert_goes_on(monkeypatch, stage3_bc.main, argv, tmp_path, [1])
+
+
+@pytest.mark.parametrize("actions, init", [("latent", "loud"), ("token", "sft")])
+def test_stage_4_goes_on(flags, runs, tmp_path, monkeypatch, actions, init):
+    some = ["--steps", "3", "--batch", "2", "--max-new", "8", "--save-every", "1"]
+    argv = [*flags.rl, *some, "--actions", actions, "--init", f"{runs}/{init}"]
+    assert_goes_on(monkeypatch, stage4_latent_rl.main, argv, tmp_path, [1])
+
+
+def test_every_response_has_draws_of_its_own(flags, runs, tmp_path, monkeypatch):
+    """Eight prompts, four a step: every prompt once in two steps, and other draws when it comes again."""
+    rows, real = [], stage4_latent_rl.uniforms
+
+    def uniforms(seed, some, length):
+        rows.append(some)
+        return real(seed, some, length)
+
+    monkeypatch.setattr(stage4_latent_rl, "uniforms", uniforms)
+    some = ["--steps", "4", "--batch", "4", "--max-new", "2", "--init", f"{runs}/loud", "--out", str(tmp_path)]
+    stage4_latent_rl.main([*flags.rl, *some])
+    for first, second in (rows[:2], rows[2:]):
+        assert sorted(i for _, i, _ in first + second) == [i for i in range(8) for _ in range(2)]
+    assert len({row for step in rows for row in step}) == 4 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    "loss_type, want",
+    [
+        ("grpo", [True, True, False, True, True, True]),  # a failed judgement is left out
+        ("dapo", [True, True, False, False, False, False]),  # and so is a group with equal rewards
+    ],
+)
+def test_which_responses_take_part_in_the_update(flags, runs, tmp_path, monkeypatch, loss_type, want):
+    rewards, kept = np.array([[1, 2, np.nan], [3, 3, 3]], dtype=np.float32), []
+    monkeypatch.setattr(stage4_latent_rl, "reward", lambda *_: rewards)
+    monkeypatch.setattr(stage4_latent_rl, "update", lambda *given: kept.append(given[-1].tolist()) or {})
+    some = ["--steps", "1", "--batch", "2", "--group", "3", "--max-new", "2", "--loss-type", loss_type]
+    stage4_latent_rl.main([*flags.rl, *some, "--init", f"{runs}/loud", "--out", str(tmp_path)])
+    assert kept == [want]
+
+
+# --------------------------------------------------------------------------------------------- ablations, clones
+@pytest.fixture
+def read(monkeypatch):
+    """Which files stage 3 reads, and how many rows of them."""
+    seen, real = [], stage3_bc.batches
+
+    def batches(records, *args, **settings):
+        seen.append((records.path.stem, len(records)))
+        return real(records, *args, **settings)
+
+    monkeypatch.setattr(stage3_bc, "batches", batches)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "ablation, want, logged",
+    [
+        (["--without", "text"], [("paired", 24)], set()),
+        (["--text-rows", "7"], [("paired", 24), ("text", 7)], {"nll_text", "proj"}),
+        (["--without", "projector"], [("paired", 24), ("text", 40)], {"nll_text"}),
+    ],
+)
+def test_an_ablated_codebook_is_cloned_alike(flags, runs, tmp_path, read, ablation, want, logged):
+    book = [*flags.book, "--projector", f"{runs}/1", "--steps-a", "1", "--steps-b", "2", *ablation]
+    stage2_codebook.main([*book, "--out", f"{tmp_path}/book"])
+    last = common.read_metrics(tmp_path / "book")[-1]
+    assert {"nll_text", "proj"} & set(last) == logged and "nll_paired" in last
+    clone = ["--init", f"{tmp_path}/book", "--steps-clone", "2", "--steps-adapt", "0"]
+    stage3_bc.main([*flags.clone, *clone, "--out", f"{tmp_path}/clone"])
+    assert read == want
+    state = common.read_state(tmp_path / "clone")
+    assert state["finished"] and state["step"] == 2
+    assert state["arch"]["project"] == ("projector" not in ablation)
+
+
+def test_tasks_share_a_clone(flags, runs, tmp_path, read):
+    """A finished clone is only adapted, and ends where the run ends that did both."""
+    clone = ["--init", f"{runs}/2", "--steps-clone", "2", "--steps-adapt", "0", "--out", f"{tmp_path}/clone"]
+    stage3_bc.main([*flags.clone, *clone])
+    del read[:]
+    adapt = ["--init", f"{tmp_path}/clone", "--steps-adapt", "2", "--out", f"{tmp_path}/adapted"]
+    stage3_bc.main([*flags.clone, *adapt])
+    assert read == [("task_demos", 12)]
+    state = common.read_state(tmp_path / "adapted")
+    assert state["finished"] and state["step"] == 2
+    assert same_weights(tmp_path / "adapted", runs / "3")
+    before, after = weights(tmp_path / "clone"), weights(tmp_path / "adapted")
+    moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {"policy", "inverse", "quantiser", "world"}
+    assert all((before[k] - after[k]).abs().max() < 0.01 for k in before)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+def test_wrong_runs_are_refused_by_name(flags, runs, tmp_path):
+    out = ["--out", f"{tmp_path}/x"]
+    with pytest.raises(DataError, match="nowhere.*run stage1_projector.py"):
+        stage2_codebook.main([*flags.both, "--projector", f"{tmp_path}/nowhere", *out])
+    with pytest.raises(DataError, match="stage1_projector, needed is one of stage2_codebook"):
+        stage3_bc.main([*flags.both, "--init", f"{runs}/1", *out])
+    with pytest.raises(DataError, match="is an SFT run"):
+        stage3_bc.main([*flags.clone, "--init", f"{runs}/sft", *out])
+    with pytest.raises(DataError, match="--actions token, not latent"):
+        stage4_latent_rl.main([*flags.rl, "--init", f"{runs}/sft", *out])
+    with pytest.raises(DataError, match="was trained with --vlm"):
+        stage2_codebook.main(["--vlm", "another", "--projector", f"{runs}/1", *out])
+    with pytest.raises(DataError, match="--micro 3: must be a multiple of --group 2"):
+        stage4_latent_rl.main([*flags.rl, "--micro", "3", "--init", f"{runs}/3", *out])
+    with pytest.raises(DataError, match="--batch"):
+        stage1_projector.main([*flags.paired, "--steps", "2", "--batch", "5", "--out", f"{runs}/1"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unfinished_run_is_refused_by_name(flags, tmp_path, monkeypatch):
+    half = [*flags.paired, "--steps", "2", "--batch", "2", "--save-every", "1", "--out", f"{tmp_path}/half"]
+    cut_off(monkeypatch, stage1_projector.main, half, 1)
+    with pytest.raises(DataError, match="half: unfinished.*step 1"):
+        stage2_codebook.main([*flags.both, "--projector", f"{tmp_path}/half", "--out", f"{tmp_path}/x"])
+
+
+def test_a_finished_stage_is_not_run_again(flags, runs):
+    before = (runs / "2" / "metrics.jsonl").read_text()
+    book = ["--projector", f"{runs}/1", "--steps-a", "2", "--steps-b", "2"]
+    stage2_codebook.main([*flags.book, *book, "--out", f"{runs}/2"])
+    assert (runs / "2" / "metrics.jsonl").read_text() == before
+
+
+# ----------------------------------------------------------------------------------------------------- two ranks
+IN_TURN = """
+import importlib, json, sys
+import torch.distributed as dist
+sys.path[:0] = [".", "tests"]
+for stage, flags in json.load(open(sys.argv[1])):
+    importlib.import_module(stage).main(flags)
+dist.destroy_process_group()
+"""
+
+
+def two_rank_runs(flags, runs):
+    """{name: (module, flags, the flag for the number of rows)}. No gradient is clipped, so that each keeps its
+    scale."""
+    rl = [*flags.rl, "--group", "4", "--steps", "2", "--max-new", "8", "--lr", "1e-5", "--clip-norm", "0"]
+    sft = [*flags.sft, "--steps-adapt", "2", "--lr-adapt", "1e-5", "--clip-norm", "0"]
+    clone = [*flags.clone, "--init", f"{runs}/2", "--steps-clone", "2", "--steps-adapt", "0", "--clip-norm", "0"]
+    token = ["--actions", "token", "--init", f"{runs}/sft"]
+    return {
+        "clone": (stage3_bc, clone, "--batch"),
+        "sft": (stage3_bc, sft, "--batch-adapt"),
+        "dapo": (stage4_latent_rl, [*rl, "--init", f"{runs}/loud", "--loss-type", "dapo"], "--batch"),
+        "grpo": (stage4_latent_rl, [*rl, "--init", f"{runs}/loud", "--loss-type", "grpo"], "--batch"),
+        "dapo of tokens": (stage4_latent_rl, [*rl, *token, "--loss-type", "dapo"], "--batch"),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(flags, runs, tmp_path_factory):
+    """The folder of these runs on two ranks, with two rows each; of stage 2; and of an adaptation. One launch for
+    all, since starting takes longer than running."""
+    out = tmp_path_factory.mktemp("two")
+    work = [
+        (module.__name__, [*argv, rows, "2", "--out", f"{out}/{name}"])
+        for name, (module, argv, rows) in two_rank_runs(flags, runs).items()
+    ]
+    book = [*flags.book, "--projector", f"{runs}/1", "--steps-a", "1", "--steps-b", "2", "--out", f"{out}/book"]
+    adapt = [*flags.clone, "--init", f"{out}/clone", "--steps-adapt", "2", "--out", f"{out}/adapted"]
+    work += [("stage2_codebook", book), ("stage3_bc", adapt)]
+    (out / "in_turn.py").write_text(IN_TURN)
+    (out / "work.json").write_text(json.dumps(work))
+    torchrun([f"{out}/in_turn.py", f"{out}/work.json"])
+    return out
+
+
+def momentum(folder):
+    """AdamW's mean gradient at the end of a run. The weights themselves say little: AdamW's steps have the same size
+    whatever the gradient's."""
+    saved = torch.load(common.latest(folder) / "optimizer.pt", weights_only=True)
+    return torch.cat([s["exp_avg"].flatten() for s in saved["optimizer"]["state"].values()])
+
+
+def assert_alike(one, two):
+    """Equal gradients, up to a thousandth, and equal weights."""
+    a, b = momentum(one), momentum(two)
+    assert a.norm() > 0 and (a - b).norm() < 1e-3 * a.norm()
+    a, b = weights(one), weights(two)
+    assert set(a) == set(b) and all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
+
+
+def test_two_ranks_equal_one_in_stage_1(flags, tmp_path):
+    some = [*flags.paired, "--steps", "2"]
+    torchrun(["stage1_projector.py", *some, "--batch", "2", "--out", f"{tmp_path}/two"])
+    stage1_projector.main([*some, "--batch", "4", "--out", f"{tmp_path}/one"])
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", ["clone", "sft", "dapo", "grpo", "dapo of tokens"])
+def test_two_ranks_equal_one(flags, runs, two_ranks, tmp_path, name):
+    module, argv, rows = two_rank_runs(flags, runs)[name]
+    module.main([*argv, rows, "4", "--out", str(tmp_path)])
+    assert_alike(tmp_path, two_ranks / name)
+    if module is stage4_latent_rl:
+        one, two = (common.read_metrics(k) for k in (tmp_path, two_ranks / name))
+        assert max(r["judge_failed"] for r in one) > 0 and min(r["grad_norm"] for r in one) > 0.01
+        for key in ("reward", "judge_failed", "equal_groups", "length", "truncated", "kl", "entropy", "grad_norm"):
+            assert [r[key] for r in one] == pytest.approx([r[key] for r in two], abs=1e-5, rel=1e-4), key
+
+
+def test_all_phases_run_on_two_ranks(two_ranks):
+    """Where the noise is each rank's own, nothing can be compared; but the whole run must end."""
+    for name, steps in (("book", 3), ("adapted", 2)):
+        state = common.read_state(two_ranks / name)
+        assert state["finished"] and state["step"] == steps
+        assert len(common.read_metrics(two_ranks / name)) == steps

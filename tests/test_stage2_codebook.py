@@ -1,0 +1,109 @@
+"""stage2_codebook.py: what trains in each phase and ablation, code use by hand, the losses on held-out rows."""
+
+import pytest
+import torch
+from helpers import CODES, assert_only, names_of, snapshot, take_step
+
+from data import Records
+from model import LatentModel, inverse_loss
+from stage2_codebook import Config, Usage, joint_loss, trainable_parts, validate
+from vlm import log_probs
+
+PHASES = [("a", "nothing"), ("b", "nothing"), ("b", "cycle"), ("b", "projector"), ("b", "text")]
+
+
+@pytest.mark.parametrize("phase, without", PHASES)
+def test_only_the_phase_s_parts_train(trainee, vlm, processor, batch_of, phase, without):
+    listed = trainee.train_only(*trainable_parts(phase, without))
+    with_P = phase == "b" and without in ("nothing", "cycle")
+    want = names_of(trainee, "inverse", "quantiser", "world", *(["projector"] if with_P else []))
+    assert listed == want
+    before = snapshot(vlm, trainee)
+    text = batch_of("text") if phase == "b" and without != "text" else None
+    loss, _, _ = joint_loss(trainee, vlm, processor, batch_of("paired"), text, Config(without=without))
+    take_step(loss, vlm, trainee)
+    assert_only(before, (vlm, trainee), want)
+
+
+def test_ablations_leave_out_what_they_name(trainee, vlm, processor, batch_of, monkeypatch):
+    monkeypatch.setattr("model.torch.rand_like", lambda x: torch.full_like(x, 0.5))
+    paired, text = batch_of("paired"), batch_of("text")
+
+    def loss(**settings):
+        with torch.no_grad():
+            return joint_loss(trainee, vlm, processor, paired, text, Config(**settings))[:2]
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+    full, m = loss(projector_weight=0.1)
+    bare = full - 0.1 * (m["proj"] + m["cycle"])
+    close(loss(projector_weight=0.0)[0], bare)
+    close(loss(projector_weight=0.1, without="cycle")[0], bare + 0.1 * m["proj"])
+    trainee.project = False  # as --without projector builds it
+    plain, names = loss(projector_weight=0.1, without="projector")
+    h = vlm(text)
+    assert trainee.context(h, text.paired_B) is h and not {"proj", "cycle"} & set(names)
+    trainee.project = True
+    assert (trainee.context(h, text.paired_B) - h).abs().max() > 1e-3 and abs(plain - bare) > 1e-4
+
+
+def test_each_kind_of_data_has_its_own_mean(trainee, vlm, processor, batch_of, monkeypatch):
+    """L = mean over the paired tokens + mean over the text tokens, bonus included; in phase a the first one alone."""
+    monkeypatch.setattr("model.torch.rand_like", lambda x: torch.full_like(x, 0.5))
+    paired, text = batch_of("paired"), batch_of("text", 2)
+    cfg, means = Config(projector_weight=0.0), []
+    with torch.no_grad():
+        both, metrics, used = joint_loss(trainee, vlm, processor, paired, text, cfg)
+        first = joint_loss(trainee, vlm, processor, paired, None, cfg)[0]
+        for batch in (paired, text):
+            inverse = inverse_loss(trainee, vlm, trainee.context(vlm(batch), batch.paired_B), batch)
+            means.append((inverse["nll"] + inverse["auxiliary"]) / inverse["count"])
+            assert len(used["paired" if batch is paired else "text"]) == batch.response_BT[:, 1:].sum()
+    torch.testing.assert_close(both, sum(means))
+    torch.testing.assert_close(first, means[0])
+    assert metrics["nll_text"] > means[1]  # the bonus is not in the logged loss
+
+
+def test_the_inverse_loss_does_not_reach_the_projector(trainee, vlm, processor, batch_of):
+    trainee.train_only(*trainable_parts("b"))
+    cfg = Config(projector_weight=0.0)
+    joint_loss(trainee, vlm, processor, batch_of("paired"), batch_of("text"), cfg)[0].backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in trainee.projector.parameters())
+    assert all(p.grad is not None for p in trainee.inverse.parameters())
+
+
+def test_code_use_by_hand():
+    """Over a window of two steps: what the first step used is forgotten at the third."""
+    usage = Usage(codes=4, window=2)
+    one = usage({"text": torch.tensor([0, 0, 1, 1])})
+    assert one["codes_text"] == 2 and one["perplexity_text"].item() == pytest.approx(2.0, rel=1e-5)
+    two = usage({"text": torch.tensor([2, 2, 2, 2])})
+    # use 1/4, 1/4, 1/2: entropy 1/2 ln 4 + 1/2 ln 2 = 3/2 ln 2
+    assert two["codes_text"] == 3 and two["perplexity_text"].item() == pytest.approx(2**1.5, rel=1e-5)
+    three = usage({"text": torch.tensor([2]), "paired": torch.tensor([0, 1, 2, 3])})
+    assert three["codes_text"] == 1 and three["perplexity_text"].item() == pytest.approx(1.0, rel=1e-5)
+    assert three["codes_paired"] == 4 and three["perplexity_paired"].item() == pytest.approx(4.0, rel=1e-5)
+
+
+@torch.no_grad()
+def test_held_out_losses_start_at_the_vlm_s_and_are_means_over_tokens(vlm, processor, world):
+    """Before training the world model says what the VLM says, whatever the code."""
+    torch.manual_seed(0)
+    fresh, file = LatentModel(vlm.config, CODES, 1, 1), Records(world / "paired.jsonl")
+    records, total, count = [file[i] for i in range(3)], 0.0, 0
+    val = validate(fresh, vlm, processor, records, torch.device("cpu"), size=2)
+    for record in records:
+        batch = processor.collate([processor.example(record)])
+        logp = log_probs(vlm.head(vlm(batch)))[0, :-1]
+        for t in range(batch.ids_BT.shape[1] - 1):
+            if batch.response_BT[0, t + 1]:
+                total, count = total - logp[t, batch.ids_BT[0, t + 1]].item(), count + 1
+    assert val == {k: pytest.approx(total / count, rel=1e-4) for k in ("val_vlm", "val_inferred", "val_random")}
+
+
+@torch.no_grad()
+def test_held_out_losses_tell_the_inferred_codes_from_random_ones(latent, vlm, processor, world):
+    file = Records(world / "text.jsonl")
+    val = validate(latent, vlm, processor, [file[i] for i in range(2)], torch.device("cpu"))
+    assert len({round(v, 4) for v in val.values()}) == 3

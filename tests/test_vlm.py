@@ -1,0 +1,204 @@
+"""vlm.py: the VLM step by step and padded, its positions by hand, the LM head's log-probabilities, what trains."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import LAYERS, TINY, alone, close, extend, question
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+
+from data import DataError
+from rollout import roomy_cache
+from vlm import VLM, HeadLogProbs, head_log_probs, log_probs, next_token_loss, positions_of, visible
+
+
+# ---------------------------------------------------------------------------------------- masks and positions
+def test_masks_and_positions_by_hand():
+    mask_BS = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
+    # the last three positions; a padded query would see itself alone
+    want = [[[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]], [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]
+    assert visible(mask_BS, 3)[:, 0].int().tolist() == want
+    assert visible(mask_BS, 4)[0, 0, 0].tolist() == [True, False, False, False]
+    assert positions_of(mask_BS, 4).tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]]
+    assert positions_of(mask_BS, 2).tolist() == [[1, 2], [2, 3]]
+
+
+def test_positions_by_hand(vlm, processor, prompts):
+    """A left-padded row with one image of 3 x 3 tokens behind k text tokens: time, row and column start at k, and the
+    text goes on at k + 3."""
+    batch = processor.collate(prompts, left=True)
+    positions, deltas = vlm.positions(batch)
+    ids = prompts[0].ids
+    k, n = int((ids == processor.image_id).argmax()), len(ids)
+    assert (ids == processor.image_id).sum() == 9
+    behind = list(range(k + 3, k + 3 + n - k - 9))
+    image = ([k] * 9, [k + i // 3 for i in range(9)], [k + i % 3 for i in range(9)])
+    text = len(prompts[1].ids)
+    for axis, inside in zip(positions, image):
+        assert axis[0, -n:].tolist() == list(range(k)) + inside + behind
+        assert axis[1, -text:].tolist() == list(range(text))
+    assert deltas[:2, 0].tolist() == [behind[-1] + 1 - n, 0]
+
+
+# ------------------------------------------------------------------------------------------ caches and padding
+@torch.no_grad()
+@pytest.mark.parametrize("at_once, roomy", [(1, True), (1, False), (5, True), (5, False), (2, True)])
+def test_step_by_step_equals_one_full_pass(vlm, processor, prompts, at_once, roomy):
+    group, steps = 2, 5
+    more = torch.from_numpy(np.random.default_rng(0).integers(100, 2000, (len(prompts) * group, steps)))
+    batch = processor.collate(prompts, left=True)
+    assert len(set(batch.mask_BT.sum(1).tolist())) == 3 and batch.images_B.tolist() == [1, 0, 2]
+    L = batch.ids_BT.shape[1]
+    cache = roomy_cache(LAYERS, L + steps) if roomy else DynamicCache(config=vlm.config)
+    states = [vlm(batch, cache).repeat_interleave(group, 0)]
+    cache.batch_repeat_interleave(group)
+    deltas = vlm.positions(batch)[1].repeat_interleave(group, 0)
+    mask = torch.cat((batch.mask_BT.repeat_interleave(group, 0), torch.ones_like(more, dtype=torch.bool)), 1)
+    for t in range(0, steps, at_once):
+        new = more[:, t : t + at_once]
+        states.append(vlm.extend(new, mask[:, : L + t + new.shape[1]], deltas, cache))
+    stepped = torch.cat(states, 1)
+
+    longer = [extend(prompts[n // group], more[n]) for n in range(len(more))]
+    full = processor.collate(longer, left=True)
+    assert torch.equal(full.mask_BT, mask)
+    close(stepped[mask], vlm(full)[mask])
+    for n, e in enumerate(longer):  # and each row alone, without padding, gives the same
+        close(stepped[n, -len(e.ids) :], vlm(alone(e))[0])
+
+
+@torch.no_grad()
+def test_right_padding(vlm, processor, prompts):
+    h = vlm(processor.collate(prompts))
+    for b, e in enumerate(prompts):
+        close(h[b, : len(e.ids)], vlm(alone(e))[0])
+
+
+@torch.no_grad()
+def test_image_and_its_order_reach_the_text(vlm, processor):
+    """Pixels of row b go to row b: swapping the two images of a prompt moves its last state."""
+    e = question(processor, 5, 0, 0)
+    half = len(e.pixels) // 2
+    swapped = replace(e, pixels=torch.cat((e.pixels[half:], e.pixels[:half])))
+    assert (vlm(alone(e))[0, -1] - vlm(alone(swapped))[0, -1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_batch_without_pixels(vlm, processor):
+    texts = [question(processor, 8), question(processor, 9, system="You are Odo the monk, a friend of the sea.")]
+    batch = processor.collate(texts, left=True)
+    assert batch.pixels is None and batch.grids is None and not batch.paired_B.any()
+    h = vlm(batch)
+    for b, e in enumerate(texts):
+        close(h[b, -len(e.ids) :], vlm(alone(e))[0])
+
+
+# ------------------------------------------------------------------------------------------ log-probabilities
+def test_log_probs_by_hand():
+    logits = torch.tensor([4.0, 1, 9, 16]).log()
+    close(log_probs(logits).exp(), torch.tensor([4, 1, 9, 16]) / 30, 1e-6)
+    # temperature 1/2 squares them
+    close(log_probs(logits, 0.5).exp(), torch.tensor([16, 1, 81, 256]) / 354, 1e-6)
+    # temperature 2 takes roots; 16 is banned, then 1 is not among the top two
+    close(log_probs(logits, 2.0, 2, torch.tensor([3])).exp(), torch.tensor([2, 0, 3, 0]) / 5, 1e-6)
+
+
+def test_next_token_loss_by_hand():
+    head = torch.nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(3))
+    # logits (0, ln 3, ln 4), probabilities (1, 3, 4) / 8
+    y = torch.tensor([0, math.log(3), math.log(4)]).expand(4, 3)
+    want = -sum(math.log(k / 8) for k in (3, 1, 4, 3))
+    assert next_token_loss(head, y, torch.tensor([1, 0, 2, 1])).item() == pytest.approx(want, abs=1e-5)
+    assert next_token_loss(head, 50 * torch.eye(3), torch.tensor([0, 1, 2])).item() < 1e-6
+    assert next_token_loss(head, 50 * torch.eye(3), torch.tensor([1, 2, 0])).item() > 50
+
+
+def plain_log_probs(head, x, ids, temperature, top_k, never):
+    logp = log_probs(head(x), temperature, top_k, never)
+    return logp.gather(-1, ids[:, None])[:, 0], torch.distributions.Categorical(logits=logp).entropy()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("shape", [(1.0, 0, None), (0.7, 5, [3, 8])])
+@pytest.mark.parametrize("trains", [True, False])
+def test_head_log_probs_in_parts_equal_the_plain_ones(monkeypatch, rows, shape, trains):
+    """Values, entropies, and the gradients of the states and of the head, each row with a weight of its own."""
+    torch.manual_seed(12)
+    head = torch.nn.Linear(6, 11, bias=False)
+    monkeypatch.setattr(HeadLogProbs, "LOGITS", 11 * rows)
+    shape = (*shape[:2], None if shape[2] is None else torch.tensor(shape[2]))
+    y, g = 3 * torch.randn(9, 6), torch.randn(9)
+    ids = log_probs(head(y), *shape).topk(2).indices[:, 1]  # sampled, so never cut off
+    out = []
+    for way in (plain_log_probs, head_log_probs):
+        x = y.clone().requires_grad_(True)
+        head.weight.requires_grad_(trains).grad = None
+        logp, H = way(head, x, ids, *shape)
+        assert way is plain_log_probs or not H.requires_grad
+        (logp * g).sum().backward()
+        out.append((logp, H.detach(), x.grad, *([head.weight.grad] if trains else [])))
+    for a, b in zip(*out):
+        assert a.abs().max() > 0.1
+        close(a, b, 1e-5)
+
+
+def test_the_states_gradient_in_bfloat16_where_a_token_is_almost_sure():
+    """sum_v (1[v = x] - p_v) W[v] is then a small number made of large ones, and rounding must not eat it."""
+    torch.manual_seed(18)
+    head = torch.nn.Linear(64, 200, bias=False).bfloat16().requires_grad_(False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(200, 64))
+    ids = torch.arange(20)
+    y = (0.17 * head.weight[ids]).clone().requires_grad_(True)
+    logp, _ = head_log_probs(head, y, ids)
+    logp.sum().backward()
+    p = torch.softmax(head(y).detach().double(), -1)
+    assert 0.95 < p[ids, ids].median() < 0.999
+    want = (torch.eye(200)[:20].double() - p) @ head.weight.double()
+    error = (y.grad.double() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert error.max() < 0.03
+
+
+# ------------------------------------------------------------------------------------------------ what trains
+def last_names(model, blocks):
+    """Parameters of these blocks, of the final norm and of the embeddings."""
+    inside = [f"layers.{k}." for k in blocks] + ["norm.", "embed_tokens."]
+    starts = tuple("model.language_model." + name for name in inside)
+    return {n for n, _ in model.named_parameters() if n.startswith(starts)}
+
+
+def test_train_last_of_the_tied_checkpoint():
+    v = VLM(TINY)
+    assert not any(p.requires_grad for p in v.parameters())
+    names = v.train_last(8 / 36)
+    assert set(names) == last_names(v.model, [5]) and len(names) == len(set(names)) == 14
+    assert all(p.requires_grad == (n in names) for n, p in v.model.named_parameters())
+    assert v.head.weight is v.model.get_input_embeddings().weight
+
+
+def test_train_last_of_an_untied_checkpoint(tmp_path):
+    config = AutoConfig.from_pretrained(TINY)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    v = VLM(tmp_path)
+    assert v.head.weight is not v.model.get_input_embeddings().weight
+    assert not any(p.requires_grad for p in v.parameters())
+    assert set(v.train_last(0.34)) == last_names(v.model, [4, 5]) | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "no weights", "broken weights"])
+def test_bad_checkpoint_is_named(tmp_path, damage):
+    folder, tiny = tmp_path / "my-vlm", Path(TINY)
+    if damage != "missing":
+        folder.mkdir()
+    if "weights" in damage:
+        (folder / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    if damage == "broken weights":
+        (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(DataError, match="my-vlm"):
+        VLM(folder)
