@@ -6,27 +6,27 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+import checkpoint
+from checkpoint import say, world_size
 from data import DataError
 from model import LatentModel
 from vlm import VLM
 
 
 # --------------------------------------------------------------------------------------------------- command line
-def option(default, help, *, choices=None, least=0, paper=None):
+def option(default, help, *, choices=None, least=0, above=None, paper=None):
     """A field of a Config: its default, its --help text, what is allowed, and the paper's value (for --preset
     paper)."""
-    meta = {"help": help, "choices": choices, "least": least, "paper": paper}
+    meta = {"help": help, "choices": choices, "least": least, "above": above, "paper": paper}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -66,6 +66,8 @@ def check_number(parser, f, value):
         return
     if not math.isfinite(value):
         parser.error(f"{flag}: {value} is not a finite number")
+    if f.metadata["above"] is not None and value <= f.metadata["above"]:
+        parser.error(f"{flag}: {value} is too small, it must be above {f.metadata['above']}")
     if value < least:
         parser.error(f"{flag}: {value} is too small, it must be at least {least}")
 
@@ -96,16 +98,12 @@ def setup(seed):
     return device, rank, ranks
 
 
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def seed_noise(seed, rank, start, extra):
+def seed_noise(seed, rank, start, going_on):
     """Gumbel noise: its own on each rank. A resumed run goes on with rank 0's saved CPU generator (others: a fresh
     seed)."""
     torch.manual_seed(seed * 1000 + rank + start)
-    if extra and rank == 0:
-        torch.set_rng_state(extra["rng"])
+    if going_on and rank == 0:
+        torch.set_rng_state(going_on["rng"])
 
 
 def vlm_dtype(device):
@@ -124,6 +122,14 @@ def total(x):
         x = x.cuda() if dist.get_backend() == "nccl" else x
         dist.all_reduce(x)
     return x
+
+
+def mean_over_ranks(metrics):
+    """{name: this rank's number} -> {name: its mean over all ranks}. A loss times `share` becomes the global mean."""
+    if not metrics or not dist.is_initialized():
+        return metrics
+    sums = total(torch.stack([torch.as_tensor(v).detach().float() for v in metrics.values()]))
+    return dict(zip(metrics, sums / world_size()))
 
 
 def share(count):
@@ -173,12 +179,41 @@ def warmup(done, steps, part):
     return min(1.0, (done + 1 / steps) / part)
 
 
-def optimize(params, optimizer, clip_norm):
-    """Clip the gradient's norm (0: do not), step, and forget the gradient. -> the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(params, clip_norm or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+class Stepper:
+    """From gradients to weights: AdamW, clipping, and a guard. A gradient that is not finite never reaches the weights.
+
+    Such a step is left out and counted in `skipped`; after PATIENCE of them in a row the run stops. Every rank
+    decides the same, because the gradients are the average over ranks by then."""
+
+    PATIENCE = 5
+
+    def __init__(self, params, lr, clip_norm):
+        self.params, self.clip_norm = list(params), clip_norm
+        self.optimizer = adamw(self.params, lr)
+        self.skipped = self.in_a_row = 0
+
+    def rate(self, lr):
+        self.optimizer.param_groups[0]["lr"] = lr
+
+    def __call__(self, records=()):
+        """Clip the gradient's norm (clip_norm 0: do not), step, forget the gradient. -> the norm before clipping.
+
+        records: those of the batch, to be named if the run has to stop."""
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip_norm or math.inf)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.in_a_row = 0
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.in_a_row == self.PATIENCE:
+            ids = ", ".join(str(r.get("id", r.get("where", "?"))) for r in records)
+            cure = "lower --lr, or look at the records of the last batch"
+            raise DataError(
+                f"{self.PATIENCE} gradients in a row are not finite; {cure} ({ids[:300]}); the checkpoint is whole"
+            )
+        return norm
 
 
 # ------------------------------------------------------------------------------------------------------------ words
@@ -187,90 +222,11 @@ def report(trainable, *modules):
     say(f"trainable {sum(p.numel() for p in trainable):,} parameters, frozen {frozen:,}")
 
 
-def say(text):
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(text)
-
-
-# --------------------------------------------------------------------------------------------------- checkpoints
-def save(out, step, tensors, state, optimizer=None):
-    """Write out/ckpt-STEP: weights (safetensors), state.json, optimizer and RNG state. Whole or not at all: it is
-    filled under another name, then renamed; older ones are removed afterwards. Rank 0 writes, the others wait."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        new, name = Path(out) / "ckpt.new", Path(out) / f"ckpt-{step:06d}"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / "weights.safetensors")
-        if optimizer is not None:
-            torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, new / "optimizer.pt")
-        (new / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
-        shutil.rmtree(name, ignore_errors=True)
-        new.rename(name)
-        for old in Path(out).glob("ckpt-*"):
-            if old != name:
-                shutil.rmtree(old)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def latest(out):
-    """-> the folder of the last checkpoint of a run, or None."""
-    found = sorted(Path(out).glob("ckpt-*/state.json"))
-    return found[-1].parent if found else None
-
-
-def read_state(out):
-    """-> state.json of the last checkpoint of a run that has one."""
-    return json.loads((latest(out) / "state.json").read_text())
-
-
-def load(out, flag, stages, vlm):
-    """-> (tensors, state) of a FINISHED run of one of `stages` on this VLM; DataError names what is missing and the
-    cure."""
-    folder = latest(out)
-    if folder is None:
-        cure = f"run {stages[0]}.py --out {out or 'FOLDER'} first"
-        raise DataError(f"{flag} {out or '(not given)'}: no checkpoint there; {cure}")
-    state = read_state(out)
-    if state["stage"] not in stages:
-        needed = " or ".join(stages)
-        raise DataError(f"{flag} {out}: is a checkpoint of {state['stage']}, needed is one of {needed}")
-    if not state["finished"]:
-        where = f"{state['stage']} stopped at step {state['step']}"
-        raise DataError(f"{flag} {out}: unfinished ({where}); run it again with the same --out to finish it")
-    trained_with = state["config"]["vlm"]
-    if Path(trained_with).resolve() != Path(vlm).resolve():
-        raise DataError(f"{flag} {out}: was trained with --vlm {trained_with}, not {vlm}; give the same one")
-    return load_file(folder / "weights.safetensors"), state
-
-
-def resume(out, stage, config):
-    """-> (tensors, state, optimizer state) of an earlier run in the same folder, or None. Refuses another config."""
-    folder = latest(out)
-    if folder is None:
-        return None
-    state = read_state(out)
-    if state["stage"] != stage:
-        raise DataError(f"--out {out}: holds a run of {state['stage']}; choose another folder")
-    for name, value in config.items():
-        before = state["config"].get(name)
-        if before != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise DataError(
-                f"--out {out}: holds a run with another {flag} ({before}); choose another folder or delete it"
-            )
-    extra = None
-    if (folder / "optimizer.pt").exists():
-        extra = torch.load(folder / "optimizer.pt", weights_only=True)
-    return load_file(folder / "weights.safetensors"), state, extra
-
-
-def build_latent(vlm, arch, tensors):
-    """LatentModel of a checkpoint: its architecture and whichever parts it holds."""
+# --------------------------------------------------------------------------------------------------- models of a run
+def build_latent(vlm, arch, tensors, where, needed):
+    """LatentModel of a checkpoint: its architecture and the parts it holds, of which `needed` must be there."""
     latent = LatentModel(vlm.config, **arch)
-    _, unknown = latent.load_state_dict(tensors, strict=False)
-    if unknown:  # a part under another name would stay random, in silence
-        raise DataError(f"the checkpoint holds '{unknown[0]}', which the latent model does not; train it anew")
+    checkpoint.load_into(latent, tensors, where, needed)
     return latent
 
 
@@ -278,39 +234,58 @@ def part_tensors(latent, parts):
     return {n: p for n, p in latent.state_dict().items() if n.split(".")[0] in parts}
 
 
+def load_trained(vlm, tensors, share, where):
+    """Copy what a token-level run trained into the VLM; its names must be those that train."""
+    own = set(vlm.trained_tensors()) or set(vlm.train_last(share))
+    if own != set(tensors):
+        odd = sorted(own ^ set(tensors))[0]
+        raise DataError(
+            f"{where}: '{odd}' is in the run or in the VLM, but not in both; it is of another model or share"
+        )
+    vlm.model.load_state_dict(tensors, strict=False)
+
+
 def load_agent(run, actions, vlm_name, device):
     """-> (vlm, latent or None, arch) of a finished stage 3 or 4: what can roll out responses.
 
     actions 'token': the VLM with the tensors that the run trained. 'latent': the frozen VLM and the latent model."""
-    tensors, before = load(run, "--init", ["stage3_bc", "stage4_latent_rl"], vlm_name)
+    tensors, before = checkpoint.load(run, "--init", ["stage3_bc", "stage4_latent_rl"], vlm_name)
     if before["config"]["actions"] != actions:
         raise DataError(f"--init {run}: was trained with --actions {before['config']['actions']}, not {actions}")
     if actions == "token":
         vlm = VLM(vlm_name, device, torch.float32)
-        vlm.model.load_state_dict(tensors, strict=False)
+        load_trained(vlm, tensors, before["arch"]["train_share"], run)
+        vlm.requires_grad_(False)
         return vlm, None, before["arch"]
     vlm = VLM(vlm_name, device, vlm_dtype(device))
-    latent = build_latent(vlm, before["arch"], tensors).to(device).requires_grad_(False)
+    latent = build_latent(vlm, before["arch"], tensors, run, LatentModel.parts).to(device).requires_grad_(False)
     return vlm, latent, before["arch"]
 
 
 # ------------------------------------------------------------------------------------------------------- the log
 class Log:
-    """One progress bar with the numbers that matter and out/metrics.jsonl with all of them (rank 0 only)."""
+    """One progress bar with the numbers that matter and out/metrics.jsonl with all of them (rank 0 only).
+
+    A run that goes on from step `start` first drops what was logged after it, so that each step stands in the file
+    once."""
 
     def __init__(self, out, name, start, steps):
-        self.rank0 = int(os.environ.get("RANK", 0)) == 0
+        self.rank0, path = checkpoint.rank() == 0, Path(out) / "metrics.jsonl"
         self.bar = tqdm(
             total=steps, initial=start, desc=name, disable=not self.rank0, mininterval=1.0, dynamic_ncols=True
         )
-        Path(out).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(out) / "metrics.jsonl", "a") if self.rank0 else None
+        if self.rank0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            cut_back(path, start)
+            self.file = open(path, "a")
         self.began = time.time()
 
     def __call__(self, step, shown=(), **metrics):
+        """A number that is not finite is left out: JSON has no word for it."""
         self.bar.update(1)
         if self.rank0:
             row = {k: round(v.item() if torch.is_tensor(v) else float(v), 6) for k, v in metrics.items()}
+            row = {k: v for k, v in row.items() if math.isfinite(v)}
             self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.4g}" for k in shown if k in row), refresh=False)
             row = {"step": step, "seconds": round(time.time() - self.began, 3)} | row
             self.file.write(json.dumps(row) + "\n")
@@ -318,14 +293,34 @@ class Log:
 
     def close(self):
         self.bar.close()
+        if self.rank0:
+            self.file.close()
+
+
+def whole_rows(path):
+    """The rows of a metrics.jsonl; a torn one (full disk, power cut) is passed over."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            yield row
+
+
+def cut_back(path, start):
+    """Keep the rows up to step `start`, each once."""
+    if not path.exists():
+        return
+    rows = {row["step"]: row for row in whole_rows(path) if row["step"] <= start}
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(rows[k]) + "\n" for k in sorted(rows)))
+    new.replace(path)
 
 
 def read_metrics(out):
-    """metrics.jsonl -> list of dicts; after a resume the later row of a step counts."""
-    rows = {}
-    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows[row["step"]] = row
+    """metrics.jsonl -> list of dicts, one a step."""
+    rows = {row["step"]: row for row in whole_rows(Path(out) / "metrics.jsonl")}
     return [rows[k] for k in sorted(rows)]
 
 

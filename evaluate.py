@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 import common
 import plots
 from common import option
@@ -92,7 +93,7 @@ def rows_wanted(cfg):
     ):
         run = getattr(cfg, flag)
         if run:
-            _, state = common.load(run, f"--{flag}", stages, cfg.vlm)
+            _, state = checkpoint.load(run, f"--{flag}", stages, cfg.vlm)
             loss = state["config"].get("loss_type", "")
             rows[name.replace("RL", loss.upper())] = (actions, run)
     if not rows:
@@ -241,13 +242,16 @@ class CodeCounter:
         return dict(zip(self.names, counts.tolist()))
 
 
+CODEBOOK = ("projector", "inverse", "quantiser")  # the parts that infer codes
+
+
 def code_usage(cfg, processor, device, rolls):
     """-> ({where: {style: counts of each code}}, what stage 2 measured on held-out data).
 
     rolls: those of the last latent policy on the last test."""
-    tensors, state = common.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
+    tensors, state = checkpoint.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
     vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
-    latent = common.build_latent(vlm, state["arch"], tensors).to(device)
+    latent = common.build_latent(vlm, state["arch"], tensors, cfg.codebook, CODEBOOK).to(device)
     count = CodeCounter(processor.tokenizer, read_styles(cfg.data), latent.quantiser.codes)
     usage = {}
     for name, file in (("paired data", "paired"), ("text-only data", "text")):

@@ -5,7 +5,6 @@ The figures are made without a window and without a global state of matplotlib, 
 without a screen.
 """
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+import checkpoint
 import common
 from rewards import reference
 
@@ -68,7 +68,7 @@ def draw_curves(runs, path):
     axes = fig.subplots(1, 3)
     for name, run in runs.items():
         rows = common.read_metrics(run)
-        config = json.loads((common.latest(run) / "state.json").read_text())["config"]
+        config = checkpoint.read_state(run)["config"]
         rollouts = np.array([r["step"] for r in rows]) * config["batch"] * config["group"]
         for axis, key in zip(axes, CURVES):
             y = np.array([r[key] for r in rows])

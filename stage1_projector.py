@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+import checkpoint
 import common
 from common import option
 from data import Processor, Records, batches
@@ -42,23 +43,21 @@ class Config:
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
     seed: int = option(0, "seed of weights and data order")
     save_every: int = option(100, "steps between checkpoints", least=1)
+    keep: int = option(2, "checkpoints that are kept, the newest", least=1)
 
 
-def main(argv=None):
-    cfg = common.parse_config(Config, __doc__, argv)
-    device, rank, ranks = common.setup(cfg.seed)
+def train(cfg, guard, device, rank, ranks):
     processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels)
     records = Records(cfg.paired)
     vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
     projector = Projector(vlm.config.hidden_size, cfg.mean == "skip").to(device)
-    params = list(projector.parameters())
-    optimizer, start = common.adamw(params, cfg.lr), 0
-    if saved := common.resume(cfg.out, "stage1_projector", asdict(cfg)):
-        tensors, state, extra = saved
+    step_weights, start = common.Stepper(projector.parameters(), cfg.lr, cfg.clip_norm), 0
+    if saved := checkpoint.resume(cfg.out, "stage1_projector", asdict(cfg), may_grow=("steps",)):
+        tensors, state, going_on = saved
         start = state["step"]
-        projector.load_state_dict({k.removeprefix("projector."): v for k, v in tensors.items()})
-        optimizer.load_state_dict(extra["optimizer"])
-    common.report(params, vlm)
+        checkpoint.load_into(projector, {k.removeprefix("projector."): v for k, v in tensors.items()}, cfg.out)
+        step_weights.optimizer.load_state_dict(going_on["optimizer"])
+    common.report(step_weights.params, vlm)
 
     def loss_fn(projector, batch):
         with torch.no_grad():
@@ -72,21 +71,31 @@ def main(argv=None):
     log = common.Log(cfg.out, "stage 1: projector", start, cfg.steps)
     for step in range(start, cfg.steps):
         rate = min((step + 1) / (0.1 * cfg.steps), (cfg.steps - step) / (0.9 * cfg.steps))
-        optimizer.param_groups[0]["lr"] = cfg.lr * rate
+        step_weights.rate(cfg.lr * rate)
+        batch = next(stream).to(device)
         with common.autocast(device):
-            loss, sums = objective(next(stream).to(device))
+            loss, sums = objective(batch)
         loss.backward()
-        common.optimize(params, optimizer, cfg.clip_norm)
+        step_weights(batch.records)
 
         error, identity, count = common.total(sums)
-        metrics = {"proj_nll": loss, "mse": error / count, "mse_identity": identity / count, "refused": len(refused)}
-        log(step + 1, ("proj_nll", "mse", "mse_identity"), **metrics)
+        metrics = common.mean_over_ranks({"proj_nll": loss}) | {"mse": error / count, "mse_identity": identity / count}
+        shown = ("proj_nll", "mse", "mse_identity")
+        log(step + 1, shown, **metrics, refused=common.total(len(refused)), skipped=step_weights.skipped)
         last = step + 1 == cfg.steps
-        if last or (step + 1) % cfg.save_every == 0:
+        if last or guard.asked() or (step + 1) % cfg.save_every == 0:
             tensors = {f"projector.{k}": v for k, v in projector.state_dict().items()}
             state = {"stage": "stage1_projector", "finished": last, "config": asdict(cfg)}
-            common.save(cfg.out, step + 1, tensors, state, optimizer)
+            checkpoint.save(cfg.out, step + 1, tensors, state, step_weights.optimizer, keep=cfg.keep)
+            guard.leave_if_asked()
     log.close()
+
+
+def main(argv=None):
+    cfg = common.parse_config(Config, __doc__, argv)
+    device, rank, ranks = common.setup(cfg.seed)
+    with checkpoint.Guard(cfg.out) as guard:
+        train(cfg, guard, device, rank, ranks)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+import checkpoint
 import common
 from common import option
-from data import Processor, Records, batches
+from data import DataError, Processor, Records, batches
 from model import inverse_loss, projector_loss
 from vlm import VLM, next_token_loss
 
@@ -55,7 +56,7 @@ class Config:
     batch: int = option(12, "dialogues a step and rank, of each kind; paper: on 4 ranks", least=1, paper=4)
     lr: float = option(1e-3, "peak learning rate; a: cosine to a tenth, b: 10% warm-up", paper=1e-4)
     clip_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
-    tau: float = option(2.0, "temperature of the Gumbel-softmax", paper=2.0)
+    tau: float = option(2.0, "temperature of the Gumbel-softmax", above=0.0, paper=2.0)
     entropy_bonus: float = option(1e-3, "weight of the inverse model's mean entropy", paper=1e-3)
     projector_weight: float = option(1e-5, "weight of L_t2vt, L_vt2t and L_cycle, which are sums over D", paper=1e-5)
     loss_on: str = option("response", "which tokens are explained", choices=("response", "all"))
@@ -65,6 +66,10 @@ class Config:
     val: int = option(48, "last rows of each file, kept for the losses at the end")
     seed: int = option(0, "seed of weights, noise and data order")
     save_every: int = option(150, "steps between checkpoints", least=1)
+    keep: int = option(2, "checkpoints that are kept, the newest", least=1)
+
+
+PARTS = ("projector", "inverse", "quantiser", "world")  # of the latent model: what this stage saves
 
 
 def trainable_parts(phase, without="nothing"):
@@ -99,8 +104,9 @@ def joint_loss(latent, vlm, processor, paired, text, cfg):
 class Usage:
     """How often each code was chosen over the last `window` steps: codes used, and perplexity exp(H(usage))."""
 
-    def __init__(self, codes, window):
-        self.codes, self.window, self.recent = codes, window, {}
+    def __init__(self, codes, window, recent=None):
+        """recent: {name: counts (K,) of each of the last steps}, where an earlier run stopped."""
+        self.codes, self.window, self.recent = codes, window, recent or {}
 
     def __call__(self, used):
         out = {}
@@ -140,24 +146,23 @@ def validate(latent, vlm, processor, records, device, size=16):
 class Run:
     """What both phases need: the data, the models, the log, and where an earlier run stopped."""
 
-    def __init__(self, cfg):
-        self.cfg = cfg
-        self.device, rank, ranks = common.setup(cfg.seed)
-        projector, before = common.load(cfg.projector, "--projector", ["stage1_projector"], cfg.vlm)
+    def __init__(self, cfg, guard, device, rank, ranks):
+        self.cfg, self.guard, self.device = cfg, guard, device
+        projector, before = checkpoint.load(cfg.projector, "--projector", ["stage1_projector"], cfg.vlm)
         self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
         self.files = {"paired": Records(cfg.paired), "text": Records(cfg.text)}
         self.vlm = VLM(cfg.vlm, self.device, common.vlm_dtype(self.device))
         same = ("codes", "inverse_blocks", "policy_blocks", "merges", "world_output", "tau", "entropy_bonus")
         self.arch = {k: getattr(cfg, k) for k in same}
         self.arch |= {"skip": before["config"]["mean"] == "skip", "project": cfg.without != "projector"}
-        self.latent = common.build_latent(self.vlm, self.arch, projector).to(self.device)
-        self.steps, self.start, self.extra = cfg.steps_a + cfg.steps_b, 0, None
-        if saved := common.resume(cfg.out, "stage2_codebook", asdict(cfg)):
-            self.latent.load_state_dict(saved[0], strict=False)
-            self.start, self.extra = saved[1]["step"], saved[2]
-        common.seed_noise(cfg.seed, rank, self.start, self.extra)
+        self.latent = common.build_latent(self.vlm, self.arch, projector, cfg.projector, ["projector"]).to(self.device)
+        self.steps, self.start, self.going_on = cfg.steps_a + cfg.steps_b, 0, None
+        if saved := checkpoint.resume(cfg.out, "stage2_codebook", asdict(cfg), may_grow=("steps_b",)):
+            checkpoint.load_into(self.latent, saved[0], cfg.out, PARTS)
+            self.start, self.going_on = saved[1]["step"], saved[2]
+        common.seed_noise(cfg.seed, rank, self.start, self.going_on)
         self.log = common.Log(cfg.out, "stage 2: codebook", self.start, self.steps)
-        self.usage = Usage(cfg.codes, cfg.window)
+        self.usage = Usage(cfg.codes, cfg.window, self.going_on and self.going_on["extra"])
         self.refused = {k: set() for k in self.files}
         self.streams = self.data(rank, ranks)
 
@@ -192,8 +197,9 @@ class Run:
         state |= {"arch": self.arch, "refused": refused}
         if state["finished"]:
             state["val"] = {kind: self.validate(kind) for kind in self.files}
-        parts = ("projector", "inverse", "quantiser", "world")
-        common.save(self.cfg.out, step, common.part_tensors(self.latent, parts), state, optimizer)
+        tensors = common.part_tensors(self.latent, PARTS)
+        checkpoint.save(self.cfg.out, step, tensors, state, optimizer, self.usage.recent, self.cfg.keep)
+        self.guard.leave_if_asked()
 
     def validate(self, kind):
         f = self.files[kind]
@@ -207,11 +213,10 @@ def train_phase(run, phase, begin, end):
     """Phase a or b, from step `begin` (or where the run was cut off) to step `end`."""
     cfg, latent = run.cfg, run.latent
     latent.train_only(*trainable_parts(phase, cfg.without))
-    params = [p for p in latent.parameters() if p.requires_grad]
-    common.report(params, run.vlm, latent)
-    optimizer = common.adamw(params, cfg.lr)
-    if run.extra and begin < run.start:
-        optimizer.load_state_dict(run.extra["optimizer"])
+    step_weights = common.Stepper([p for p in latent.parameters() if p.requires_grad], cfg.lr, cfg.clip_norm)
+    common.report(step_weights.params, run.vlm, latent)
+    if run.going_on and begin < run.start:
+        step_weights.optimizer.load_state_dict(run.going_on["optimizer"])
 
     def loss_fn(latent, paired, text):
         return joint_loss(latent, run.vlm, run.processor, paired, text, cfg)
@@ -220,29 +225,38 @@ def train_phase(run, phase, begin, end):
     for step in range(max(begin, run.start), end):
         done = (step - begin) / steps
         rate = common.cosine(done) if phase == "a" else common.warmup(done, steps, 0.1)
-        optimizer.param_groups[0]["lr"] = cfg.lr * rate
+        step_weights.rate(cfg.lr * rate)
         paired = run.next("paired")
         text = run.next("text") if phase == "b" and cfg.without != "text" else None
         with common.autocast(run.device):
             loss, metrics, used = objective(paired, text)
         loss.backward()
-        common.optimize(params, optimizer, cfg.clip_norm)
+        step_weights(paired.records + (text.records if text else []))
 
-        metrics |= run.usage(used) | {f"refused_{k}": len(r) for k, r in run.refused.items()}
+        metrics = common.mean_over_ranks({"loss": loss} | metrics) | run.usage(used)
+        metrics |= {f"refused_{k}": common.total(len(r)) for k, r in run.refused.items()}
         shown = ("nll_paired", "nll_text", "codes_paired", "codes_text", "perplexity_text")
-        run.log(step + 1, shown, loss=loss, **metrics)
-        if step + 1 == end or (step + 1) % cfg.save_every == 0:
-            run.save(step + 1, optimizer)
+        run.log(step + 1, shown, **metrics, skipped=step_weights.skipped)
+        if step + 1 == end or run.guard.asked() or (step + 1) % cfg.save_every == 0:
+            run.save(step + 1, step_weights.optimizer)
 
 
-def main(argv=None):
-    cfg = common.parse_config(Config, __doc__, argv)
-    run = Run(cfg)
+def train(cfg, guard, device, rank, ranks):
+    run = Run(cfg, guard, device, rank, ranks)
     if run.start < cfg.steps_a:
         train_phase(run, "a", 0, cfg.steps_a)
     if run.start < run.steps and cfg.steps_b:
         train_phase(run, "b", cfg.steps_a, run.steps)
     run.log.close()
+
+
+def main(argv=None):
+    cfg = common.parse_config(Config, __doc__, argv)
+    if not cfg.steps_a + cfg.steps_b:
+        raise DataError("--steps-a 0 --steps-b 0: nothing would be learnt; give at least one of them steps")
+    device, rank, ranks = common.setup(cfg.seed)
+    with checkpoint.Guard(cfg.out) as guard:
+        train(cfg, guard, device, rank, ranks)
 
 
 if __name__ == "__main__":

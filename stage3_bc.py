@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import common
 from common import option
 from data import DataError, Processor, Records, batches
@@ -48,13 +49,14 @@ class Config:
     lr_adapt: float = option(3e-4, "adaptation and SFT, peak, 3% warm-up, then cosine", paper=5e-5)
     clip_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
     train_share: float = option(0.2222, "token: share of the VLM's blocks that train, from the last", paper=8 / 36)
-    tau: float = option(2.0, "temperature of the Gumbel-softmax in adaptation", paper=2.0)
+    tau: float = option(2.0, "temperature of the Gumbel-softmax in adaptation", above=0.0, paper=2.0)
     entropy_bonus: float = option(1e-3, "weight of the inverse model's mean entropy in adaptation", paper=1e-3)
     loss_on: str = option("response", "which tokens are explained", choices=("response", "all"))
     max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
     seed: int = option(0, "seed of noise and data order")
     save_every: int = option(150, "steps between checkpoints", least=1)
+    keep: int = option(2, "checkpoints that are kept, the newest", least=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- the losses
@@ -118,9 +120,9 @@ def trainable_parts(phase):
 class Run:
     """What the phases share: data, models, the log, and where an earlier run stopped."""
 
-    def __init__(self, cfg):
-        self.cfg, self.is_token = cfg, cfg.actions == "token"
-        self.device, self.rank, self.ranks = common.setup(cfg.seed)
+    def __init__(self, cfg, guard, device, rank, ranks):
+        self.cfg, self.guard, self.is_token = cfg, guard, cfg.actions == "token"
+        self.device, self.rank, self.ranks = device, rank, ranks
         before = self.load_models()
         self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
         self.files = {"demos": Records(cfg.demos)}
@@ -130,12 +132,14 @@ class Run:
         if self.clones and before["config"]["without"] != "text":
             self.files["text"] = Records(cfg.text, limit=before["config"]["text_rows"] or None)
         self.steps = cfg.steps_adapt + (cfg.steps_clone if self.clones else 0)
-        self.start, self.extra = 0, None
-        if saved := common.resume(cfg.out, "stage3_bc", asdict(cfg)):
-            trained = self.vlm.model if self.is_token else self.latent
-            trained.load_state_dict(saved[0], strict=False)
-            self.start, self.extra = saved[1]["step"], saved[2]
-        common.seed_noise(cfg.seed, self.rank, self.start, self.extra)
+        self.start, self.going_on = 0, None
+        if saved := checkpoint.resume(cfg.out, "stage3_bc", asdict(cfg), may_grow=("steps_adapt",)):
+            if self.is_token:
+                common.load_trained(self.vlm, saved[0], cfg.train_share, cfg.out)
+            else:
+                checkpoint.load_into(self.latent, saved[0], cfg.out)
+            self.start, self.going_on = saved[1]["step"], saved[2]
+        common.seed_noise(cfg.seed, self.rank, self.start, self.going_on)
         self.log = common.Log(cfg.out, f"stage 3: {'SFT' if self.is_token else 'policy'}", self.start, self.steps)
         self.refused = set()
 
@@ -147,23 +151,23 @@ class Run:
             self.vlm.train_last(cfg.train_share)
             self.arch = {"train_share": cfg.train_share}
             return None
-        tensors, before = common.load(cfg.init, "--init", ["stage2_codebook", "stage3_bc"], cfg.vlm)
+        tensors, before = checkpoint.load(cfg.init, "--init", ["stage2_codebook", "stage3_bc"], cfg.vlm)
         if before["config"].get("actions") == "token":
             raise DataError(f"--init {cfg.init}: is an SFT run; needed is one of stage 2, or a clone")
         self.vlm = VLM(cfg.vlm, self.device, common.vlm_dtype(self.device))
         self.arch = before["arch"] | {"tau": cfg.tau, "entropy_bonus": cfg.entropy_bonus}
-        self.latent = common.build_latent(self.vlm, self.arch, tensors).to(self.device)
+        needed = ("projector", "inverse", "quantiser", "world")
+        self.latent = common.build_latent(self.vlm, self.arch, tensors, cfg.init, needed).to(self.device)
         return before
 
     def train(self, kinds, size, begin, end, peak, loss_fn, rate):
         """Steps begin..end on `size` rows of each of `kinds`: loss_fn(model, *batches), learning rate peak *
         rate(done)."""
         cfg, model = self.cfg, self.vlm if self.is_token else self.latent
-        params = [p for p in model.parameters() if p.requires_grad]
-        common.report(params, self.vlm, *([] if self.is_token else [self.latent]))
-        optimizer = common.adamw(params, peak)
-        if self.extra and begin < self.start:
-            optimizer.load_state_dict(self.extra["optimizer"])
+        step_weights = common.Stepper([p for p in model.parameters() if p.requires_grad], peak, cfg.clip_norm)
+        common.report(step_weights.params, self.vlm, *([] if self.is_token else [self.latent]))
+        if self.going_on and begin < self.start:
+            step_weights.optimizer.load_state_dict(self.going_on["optimizer"])
         objective = common.wrap(model, loss_fn)
         first = max(begin, self.start)
         drawn = (first - begin) * size * self.ranks
@@ -172,22 +176,25 @@ class Run:
             for k in kinds
         ]
         for step in range(first, end):
-            optimizer.param_groups[0]["lr"] = peak * rate((step - begin) / (end - begin))
+            step_weights.rate(peak * rate((step - begin) / (end - begin)))
             given = [next(s).to(self.device) for s in streams]
             with common.autocast(self.device):
                 loss, metrics = objective(*given)
             loss.backward()
-            common.optimize(params, optimizer, cfg.clip_norm)
+            step_weights([r for batch in given for r in batch.records])
 
             shown = [k for k in metrics if k.startswith(("bc", "agree", "nll"))]
-            self.log(step + 1, shown, loss=loss, refused=len(self.refused), **metrics)
-            if step + 1 == end or (step + 1) % cfg.save_every == 0:
-                self.save(step + 1, optimizer)
+            metrics = common.mean_over_ranks({"loss": loss} | metrics) | {"refused": common.total(len(self.refused))}
+            self.log(step + 1, shown, **metrics, skipped=step_weights.skipped)
+            if step + 1 == end or self.guard.asked() or (step + 1) % cfg.save_every == 0:
+                self.save(step + 1, step_weights.optimizer)
 
     def save(self, step, optimizer):
         tensors = self.vlm.trained_tensors() if self.is_token else common.part_tensors(self.latent, self.latent.parts)
         state = {"stage": "stage3_bc", "finished": step == self.steps, "config": asdict(self.cfg), "arch": self.arch}
-        common.save(self.cfg.out, step, tensors, state | {"refused": sorted(self.refused)}, optimizer)
+        state |= {"refused": sorted(self.refused)}
+        checkpoint.save(self.cfg.out, step, tensors, state, optimizer, keep=self.cfg.keep)
+        self.guard.leave_if_asked()
 
 
 def clone(run):
@@ -225,9 +232,10 @@ def sft(run):
     run.train(["demos"], cfg.batch_adapt, 0, run.steps, cfg.lr_adapt, sft_loss, rate)
 
 
-def main(argv=None):
-    cfg = common.parse_config(Config, __doc__, argv)
-    run = Run(cfg)
+def train(cfg, guard, device, rank, ranks):
+    run = Run(cfg, guard, device, rank, ranks)
+    if not run.steps:
+        raise DataError("no steps: nothing would be learnt; give --steps-adapt, or --steps-clone and a run of stage 2")
     if run.is_token and run.start < run.steps:
         sft(run)
     if run.clones and run.start < cfg.steps_clone:
@@ -235,6 +243,13 @@ def main(argv=None):
     if not run.is_token and run.start < run.steps and cfg.steps_adapt:
         adapt(run)
     run.log.close()
+
+
+def main(argv=None):
+    cfg = common.parse_config(Config, __doc__, argv)
+    device, rank, ranks = common.setup(cfg.seed)
+    with checkpoint.Guard(cfg.out) as guard:
+        train(cfg, guard, device, rank, ranks)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+import checkpoint
 import common
 from common import option
 from data import DataError, Processor, Records, index_stream
@@ -188,6 +189,7 @@ class Config:
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
     seed: int = option(0, "seed of sampling and of the prompts' order")
     save_every: int = option(50, "steps between checkpoints", least=1)
+    keep: int = option(2, "checkpoints that are kept, the newest", least=1)
 
 
 # --------------------------------------------------------------------------------------------------------- one RL step
@@ -203,9 +205,9 @@ class Agent:
         else:
             self.model, self.reference = self.latent.policy, copy.deepcopy(self.latent.policy)
             self.latent.train_only("policy")
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = common.adamw(self.params, cfg.lr)
-        common.report(self.params, self.vlm, *([] if self.latent is None else [self.latent]))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.step_weights = common.Stepper(trained, cfg.lr, cfg.clip_norm)
+        common.report(trained, self.vlm, *([] if self.latent is None else [self.latent]))
 
     def logp(self, model, roll):
         """`sampled_logp` under the distribution that sampled."""
@@ -220,22 +222,26 @@ class Agent:
 
     def resume(self):
         """-> the step from which to go on."""
-        saved = common.resume(self.cfg.out, "stage4_latent_rl", asdict(self.cfg))
+        cfg = self.cfg
+        saved = checkpoint.resume(cfg.out, "stage4_latent_rl", asdict(cfg), may_grow=("steps",))
         if not saved:
             return 0
-        tensors, state, extra = saved
-        trained = self.vlm.model if self.latent is None else self.latent
-        trained.load_state_dict(tensors, strict=False)
-        self.optimizer.load_state_dict(extra["optimizer"])
+        tensors, state, going_on = saved
+        if self.latent is None:
+            common.load_trained(self.vlm, tensors, self.arch["train_share"], cfg.out)
+        else:
+            checkpoint.load_into(self.latent, tensors, cfg.out)
+        self.step_weights.optimizer.load_state_dict(going_on["optimizer"])
         return state["step"]
 
     def save(self, step):
+        cfg = self.cfg
         if self.latent is None:
             tensors = self.vlm.trained_tensors()
         else:
             tensors = common.part_tensors(self.latent, self.latent.parts)
-        state = {"stage": "stage4_latent_rl", "finished": step == self.cfg.steps, "config": asdict(self.cfg)}
-        common.save(self.cfg.out, step, tensors, state | {"arch": self.arch}, self.optimizer)
+        state = {"stage": "stage4_latent_rl", "finished": step == cfg.steps, "config": asdict(cfg), "arch": self.arch}
+        checkpoint.save(cfg.out, step, tensors, state, self.step_weights.optimizer, keep=cfg.keep)
 
 
 def update(agent, objective, roll, adv_N, keep_N):
@@ -273,7 +279,7 @@ def update(agent, objective, roll, adv_N, keep_N):
                 clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + clip_high)
                 kl = torch.zeros_like(logp) if logp_ref is None else k3(logp, logp_ref)
                 sums += torch.stack([kl[mask].sum(), H[mask].sum(), clipped.sum().float()])
-        norm = common.optimize(agent.params, agent.optimizer, cfg.clip_norm)
+        norm = agent.step_weights(roll.prompt.records)
         kl, entropy, clip_share = common.total(sums) / tokens
     return {"grad_norm": norm, "kl": kl, "entropy": entropy, "clip_share": clip_share}
 
@@ -297,9 +303,7 @@ def summary(r_BG, adv_BG, roll, texts, eos):
     return metrics | {k: common.total(v) / ranks for k, v in means.items()}
 
 
-def main(argv=None):
-    cfg = common.parse_config(Config, __doc__, argv)
-    device, rank, ranks = common.setup(cfg.seed)
+def train(cfg, guard, device, rank, ranks):
     if cfg.micro % cfg.group:
         raise DataError(f"--micro {cfg.micro}: must be a multiple of --group {cfg.group}")
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
@@ -337,10 +341,19 @@ def main(argv=None):
         seconds = {"s_rollout": rolled - began, "s_judge": judged - rolled, "s_update": time.perf_counter() - judged}
 
         metrics |= summary(r_BG, adv_BG, roll, texts, processor.eos_id) | seconds
+        metrics["skipped"] = agent.step_weights.skipped
         log(step + 1, ("reward", "reward_std", "equal_groups", "entropy", "kl", "length"), **metrics)
-        if step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
+        if step + 1 == cfg.steps or guard.asked() or (step + 1) % cfg.save_every == 0:
             agent.save(step + 1)
+            guard.leave_if_asked()
     log.close()
+
+
+def main(argv=None):
+    cfg = common.parse_config(Config, __doc__, argv)
+    device, rank, ranks = common.setup(cfg.seed)
+    with checkpoint.Guard(cfg.out) as guard:
+        train(cfg, guard, device, rank, ranks)
 
 
 if __name__ == "__main__":

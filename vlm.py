@@ -10,10 +10,10 @@ tokens of a batch in one row, D width, V vocabulary.
 
 import inspect
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.utils import logging as hf_logging
@@ -41,20 +41,52 @@ def positions_of(mask_BS, T):
 
 
 # -------------------------------------------------------------------------------------------------------------- the VLM
+def find(name, flag="--vlm"):
+    """Refuse what looks like a path and is none: it must never be looked up on the hub. -> the name."""
+    path = Path(name)
+    looks_local = (
+        path.is_absolute() or str(name).startswith((".", "~")) or (path.parent != Path() and path.parent.is_dir())
+    )
+    if path.is_file():
+        raise DataError(f"{flag} {name}: is a file; give the folder of the checkpoint")
+    if not path.exists() and looks_local:
+        raise DataError(f"{flag} {name}: no such folder")
+    return name
+
+
+def load_model(name, dtype):
+    """-> the model of a folder or hub name, every tensor of it there; of a configuration with random weights.
+
+    Code that lies beside a checkpoint is never run. DataError says why a checkpoint does not load."""
+    if isinstance(name, PretrainedConfig):
+        return AutoModelForImageTextToText.from_config(name, dtype=dtype)
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            find(name), dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except DataError:
+        raise
+    except Exception as e:  # whatever a broken folder makes the library raise
+        reason = str(e).strip().partition("\n")[0][:200]
+        raise DataError(f"--vlm {name}: not a loadable checkpoint of a vision-language model ({reason})") from None
+    for fault, cure in (("missing_keys", "would be random"), ("mismatched_keys", "has another shape")):
+        if info[fault]:
+            raise DataError(
+                f"--vlm {name}: the tensor '{min(map(str, info[fault]))}' {cure}; the checkpoint is damaged"
+            )
+    broken = next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    if broken:
+        raise DataError(f"--vlm {name}: the tensor '{broken}' holds numbers that are not finite")
+    return model
+
+
 class VLM(nn.Module):
     """A Hugging Face image-text-to-text model of Qwen2.5-VL's kind, frozen: h = f_VLM(x), and the LM head."""
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
         """name: a folder or hub name, or a configuration (random weights, for the benchmark)."""
         super().__init__()
-        load = AutoModelForImageTextToText.from_pretrained
-        if isinstance(name, PretrainedConfig):
-            load = AutoModelForImageTextToText.from_config
-        try:
-            self.model = load(name, dtype=dtype).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError, SafetensorError) as e:
-            reason = str(e).strip().partition("\n")[0]
-            raise DataError(f"--vlm {name}: not a loadable checkpoint ({reason})") from None
+        self.model = load_model(name, dtype).to(device).eval().requires_grad_(False)
         self.body = self.model.base_model
         self.head = self.model.get_output_embeddings()
         self.text = getattr(self.body, "language_model", self.body)

@@ -174,14 +174,13 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------------ cases
     def trainer(self, module, loss):
         """-> one training step: loss, backward, clip, AdamW."""
-        params = [p for p in module.parameters() if p.requires_grad]
-        optimizer = common.adamw(params, 1e-5)
+        step_weights = common.Stepper([p for p in module.parameters() if p.requires_grad], 1e-5, 1.0)
 
         def step():
             with common.autocast(self.device):
                 value = loss()
             value.backward()
-            common.optimize(params, optimizer, 1.0)
+            step_weights()
 
         return step
 
@@ -296,8 +295,8 @@ class RandomAgent(stage4_latent_rl.Agent):
             bench.latent.train_only("policy")
         self.model = bench.latent.policy if actions == "latent" else bench.token_vlm
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = common.adamw(self.params, 1e-5)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.step_weights = common.Stepper(trained, 1e-5, self.cfg.clip_norm)
 
 
 CASES = {  # name -> Bench -> the function that is to be timed

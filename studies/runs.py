@@ -13,7 +13,6 @@ A run is one call of a script, into a folder of its own. Seed s has below --out
     ..._eval                        the evaluation of an RL run
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import checkpoint
 import common
 import stage4_latent_rl
 from data import DataError
@@ -213,8 +213,7 @@ def finished(run):
     """Whether the run in this folder is: an evaluation has left its results, a stage a checkpoint that says so."""
     if (Path(run) / "results.json").exists():
         return True
-    checkpoint = common.latest(run)
-    return checkpoint is not None and json.loads((checkpoint / "state.json").read_text())["finished"]
+    return checkpoint.latest(run) is not None and checkpoint.read_state(run)["finished"]
 
 
 def run_one(job):

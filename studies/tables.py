@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+import checkpoint
 import common
 from common import option
 from data import DataError
@@ -100,7 +101,7 @@ class Collected:
 
     def state(self, name, seed):
         """state.json of the last checkpoint."""
-        return json.loads((common.latest(self.path(name, seed)) / "state.json").read_text())
+        return checkpoint.read_state(self.path(name, seed))
 
 
 def rl(side, algorithm, task="{task}", rate=RATE):
