@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -20,6 +21,8 @@ from checkpoint import say, world_size
 from data import DataError
 from model import LatentModel
 from vlm import VLM
+
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -85,17 +88,38 @@ def run(main):
 
 
 # ------------------------------------------------------------------------------------------------ device and ranks
-def setup(seed):
-    """-> (device, rank, ranks). Under torchrun: nccl on CUDA, gloo on CPU. Seeds differ by rank where noise may."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+@dataclasses.dataclass
+class Place:
+    """Where a process computes: its device, the number format of its forward passes, its rank among the ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    ranks: int
+
+    def autocast(self):
+        """Around a forward pass alone, never around an optimizer step: the cache of cast weights would not notice it.
+
+        The frozen VLM is kept in `dtype`. What trains keeps float32 weights, and is cast here."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def setup(cfg):
+    """-> Place. Under torchrun: nccl on CUDA, gloo on CPU; seeds the initial weights, equal on every rank.
+
+    cfg.dtype 'auto' is bfloat16 on CUDA and float32 on a CPU."""
+    rank, ranks = checkpoint.rank(), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    torch.manual_seed(seed)  # the same on every rank: equal initial weights
-    return device, rank, ranks
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=cfg.timeout))
+    torch.manual_seed(cfg.seed)
+    auto = "bfloat16" if cuda else "float32"
+    return Place(device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), rank, ranks)
 
 
 def seed_noise(seed, rank, start, going_on):
@@ -104,15 +128,6 @@ def seed_noise(seed, rank, start, going_on):
     torch.manual_seed(seed * 1000 + rank + start)
     if going_on and rank == 0:
         torch.set_rng_state(going_on["rng"])
-
-
-def vlm_dtype(device):
-    """bfloat16 for the frozen VLM on CUDA; float32 on CPU. What trains keeps float32 master weights."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def autocast(device):
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def total(x):
@@ -245,7 +260,7 @@ def load_trained(vlm, tensors, share, where):
     vlm.model.load_state_dict(tensors, strict=False)
 
 
-def load_agent(run, actions, vlm_name, device):
+def load_agent(run, actions, vlm_name, place):
     """-> (vlm, latent or None, arch) of a finished stage 3 or 4: what can roll out responses.
 
     actions 'token': the VLM with the tensors that the run trained. 'latent': the frozen VLM and the latent model."""
@@ -253,13 +268,13 @@ def load_agent(run, actions, vlm_name, device):
     if before["config"]["actions"] != actions:
         raise DataError(f"--init {run}: was trained with --actions {before['config']['actions']}, not {actions}")
     if actions == "token":
-        vlm = VLM(vlm_name, device, torch.float32)
+        vlm = VLM(vlm_name, place.device, torch.float32)
         load_trained(vlm, tensors, before["arch"]["train_share"], run)
         vlm.requires_grad_(False)
         return vlm, None, before["arch"]
-    vlm = VLM(vlm_name, device, vlm_dtype(device))
-    latent = build_latent(vlm, before["arch"], tensors, run, LatentModel.parts).to(device).requires_grad_(False)
-    return vlm, latent, before["arch"]
+    vlm = VLM(vlm_name, place.device, place.dtype)
+    latent = build_latent(vlm, before["arch"], tensors, run, LatentModel.parts).to(place.device)
+    return vlm, latent.requires_grad_(False), before["arch"]
 
 
 # ------------------------------------------------------------------------------------------------------- the log

@@ -33,7 +33,7 @@ import torch
 import checkpoint
 import common
 import plots
-from common import option
+from common import DTYPES, option
 from data import DataError, Processor, Records
 from rewards import EmbeddingJudge, judge_ratio, load_judge, ngram_embed, rollout_diversity
 from rollout import decode, rollout, uniforms
@@ -71,6 +71,8 @@ class Config:
     max_prompt: int = option(400, "longest prompt, tokens", least=1)
     max_new: int = option(64, "longest response, tokens", least=1)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1)
+    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
+    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(1000, "seed of sampling")
 
 
@@ -101,20 +103,20 @@ def rows_wanted(cfg):
     return rows
 
 
-def load_model(cfg, actions, run, device):
+def load_model(cfg, actions, run, place):
     """-> (vlm, latent or None)"""
     if run is None:
-        return VLM(cfg.vlm, device, common.vlm_dtype(device)), None
-    return common.load_agent(run, actions, cfg.vlm, device)[:2]
+        return VLM(cfg.vlm, place.device, place.dtype), None
+    return common.load_agent(run, actions, cfg.vlm, place)[:2]
 
 
 # ------------------------------------------------------------------------------------------------ responses
 class Speaker:
     """Draws responses of any model; what is drawn depends on the seed, the test and the prompt's place in it alone."""
 
-    def __init__(self, cfg, processor, device):
-        self.cfg, self.processor, self.device = cfg, processor, device
-        self.never = torch.tensor(processor.never_sampled, device=device)
+    def __init__(self, cfg, processor, place):
+        self.cfg, self.processor, self.place = cfg, processor, place
+        self.never = torch.tensor(processor.never_sampled, device=place.device)
 
     def __call__(self, vlm, latent, records, group, temperature, salt):
         """`group` responses to each record. -> (texts [record][sample], a Rollout for each batch)"""
@@ -123,12 +125,12 @@ class Speaker:
             part = records[i : i + cfg.batch]
             prompts = [processor.example(r, prompt_only=True) for r in part]
             rows = [(salt, i + j, g) for j in range(len(part)) for g in range(group)]
-            with common.autocast(self.device):
+            with self.place.autocast():
                 roll = rollout(
                     vlm,
                     latent,
-                    processor.collate(prompts, left=True).to(self.device),
-                    uniforms(cfg.seed, rows, cfg.max_new).to(self.device),
+                    processor.collate(prompts, left=True).to(self.place.device),
+                    uniforms(cfg.seed, rows, cfg.max_new).to(self.place.device),
                     group=group,
                     temperature=temperature,
                     never=self.never,
@@ -227,13 +229,13 @@ class CodeCounter:
         return torch.bincount(at_M, minlength=len(self.names) * self.codes).view(-1, self.codes)
 
     @torch.no_grad()
-    def inferred(self, vlm, latent, processor, records, device, size=16):
+    def inferred(self, vlm, latent, processor, records, place, size=16):
         """Counts of the inferred code of every response token of the records."""
         counts = 0
         for i in range(0, len(records), size):
-            batch = processor.collate([processor.example(r) for r in records[i : i + size]]).to(device)
+            batch = processor.collate([processor.example(r) for r in records[i : i + size]]).to(place.device)
             explained = batch.response_BT[:, 1:]
-            with common.autocast(device):
+            with place.autocast():
                 a_BT = latent.infer_codes(latent.context(vlm(batch), batch.paired_B))
             counts = counts + self(a_BT[explained], batch.ids_BT[:, 1:][explained])
         return counts
@@ -245,18 +247,18 @@ class CodeCounter:
 CODEBOOK = ("projector", "inverse", "quantiser")  # the parts that infer codes
 
 
-def code_usage(cfg, processor, device, rolls):
+def code_usage(cfg, processor, place, rolls):
     """-> ({where: {style: counts of each code}}, what stage 2 measured on held-out data).
 
     rolls: those of the last latent policy on the last test."""
     tensors, state = checkpoint.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
-    vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
-    latent = common.build_latent(vlm, state["arch"], tensors, cfg.codebook, CODEBOOK).to(device)
+    vlm = VLM(cfg.vlm, place.device, place.dtype)
+    latent = common.build_latent(vlm, state["arch"], tensors, cfg.codebook, CODEBOOK).to(place.device)
     count = CodeCounter(processor.tokenizer, read_styles(cfg.data), latent.quantiser.codes)
     usage = {}
     for name, file in (("paired data", "paired"), ("text-only data", "text")):
         records = records_of(cfg.data, file, 200)
-        usage[name] = count.by_style(count.inferred(vlm, latent, processor, records, device))
+        usage[name] = count.by_style(count.inferred(vlm, latent, processor, records, place))
     taken = torch.cat([r.actions_NT[r.mask_NT] for r in rolls])
     said = torch.cat([r.tokens_NT[r.mask_NT] for r in rolls])
     policy = "policy after RL" if cfg.latent else "cloned policy"
@@ -314,18 +316,18 @@ def write_examples(cfg, processor, records, answers, name, rolls):
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    device, _, _ = common.setup(cfg.seed)
+    place = common.setup(cfg)
     if cfg.codebook and not cfg.bc:
         raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
     wanted, judge = rows_wanted(cfg), load_judge(cfg.judge)
     embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
-    files, speaker = load_data(cfg, processor), Speaker(cfg, processor, device)
+    files, speaker = load_data(cfg, processor), Speaker(cfg, processor, place)
 
     rows, answers, groups, latent_name, latent_rolls = {}, {}, {}, None, []
     for name, (actions, run) in wanted.items():
         began = time.time()
-        model = load_model(cfg, actions, run, device)
+        model = load_model(cfg, actions, run, place)
         row, texts, rolls, groups[name] = evaluate(cfg, speaker, judge, embed, files, model, run)
         rows[name], answers[name] = row, [samples[0] for samples in texts]
         if actions == "latent":
@@ -333,9 +335,9 @@ def main(argv=None):
         ratios = ", ".join(f"{test} {row[test]['ratio']:.3f}" for test in TESTS[cfg.task])
         common.say(f"{name}: {ratios}, diversity {row['diversity']:.3f} ({time.time() - began:.0f} s)")
 
-    results = {"rows": rows, "config": asdict(cfg), "torch": torch.__version__, "device": str(device)}
+    results = {"rows": rows, "config": asdict(cfg), "torch": torch.__version__, "device": str(place.device)}
     if cfg.codebook:
-        results["codes"], results["codebook_val"] = code_usage(cfg, processor, device, latent_rolls)
+        results["codes"], results["codebook_val"] = code_usage(cfg, processor, place, latent_rolls)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     write(cfg, results, groups)
     write_examples(cfg, processor, files[list(TESTS[cfg.task])[-1]], answers, latent_name, latent_rolls)

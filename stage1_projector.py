@@ -23,7 +23,7 @@ import torch
 
 import checkpoint
 import common
-from common import option
+from common import DTYPES, option
 from data import Processor, Records, batches
 from model import Projector, projector_loss
 from vlm import VLM
@@ -41,16 +41,18 @@ class Config:
     clip_norm: float = option(0.0, "gradients are clipped to this norm; 0: they are not")
     max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
+    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
+    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(0, "seed of weights and data order")
     save_every: int = option(100, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
 
 
-def train(cfg, guard, device, rank, ranks):
+def train(cfg, guard, place):
     processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels)
     records = Records(cfg.paired)
-    vlm = VLM(cfg.vlm, device, common.vlm_dtype(device))
-    projector = Projector(vlm.config.hidden_size, cfg.mean == "skip").to(device)
+    vlm = VLM(cfg.vlm, place.device, place.dtype)
+    projector = Projector(vlm.config.hidden_size, cfg.mean == "skip").to(place.device)
     step_weights, start = common.Stepper(projector.parameters(), cfg.lr, cfg.clip_norm), 0
     if saved := checkpoint.resume(cfg.out, "stage1_projector", asdict(cfg), may_grow=("steps",)):
         tensors, state, going_on = saved
@@ -66,14 +68,14 @@ def train(cfg, guard, device, rank, ranks):
         return loss * common.share(count), torch.stack([error.float(), identity.float(), count.float()])
 
     objective, refused = common.wrap(projector, loss_fn), set()
-    drawn = start * cfg.batch * ranks
-    stream = batches(records, processor, cfg.batch, cfg.seed, drawn, rank, ranks, refused=refused)
+    drawn = start * cfg.batch * place.ranks
+    stream = batches(records, processor, cfg.batch, cfg.seed, drawn, place.rank, place.ranks, refused=refused)
     log = common.Log(cfg.out, "stage 1: projector", start, cfg.steps)
     for step in range(start, cfg.steps):
         rate = min((step + 1) / (0.1 * cfg.steps), (cfg.steps - step) / (0.9 * cfg.steps))
         step_weights.rate(cfg.lr * rate)
-        batch = next(stream).to(device)
-        with common.autocast(device):
+        batch = next(stream).to(place.device)
+        with place.autocast():
             loss, sums = objective(batch)
         loss.backward()
         step_weights(batch.records)
@@ -93,9 +95,9 @@ def train(cfg, guard, device, rank, ranks):
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    device, rank, ranks = common.setup(cfg.seed)
+    place = common.setup(cfg)
     with checkpoint.Guard(cfg.out) as guard:
-        train(cfg, guard, device, rank, ranks)
+        train(cfg, guard, place)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 
 import checkpoint
 import common
-from common import option
+from common import DTYPES, option
 from data import DataError, Processor, Records, batches
 from model import inverse_loss, projector_loss
 from vlm import VLM, next_token_loss
@@ -64,6 +64,8 @@ class Config:
     max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
     val: int = option(48, "last rows of each file, kept for the losses at the end")
+    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
+    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(0, "seed of weights, noise and data order")
     save_every: int = option(150, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
@@ -120,13 +122,13 @@ class Usage:
 
 
 @torch.no_grad()
-def validate(latent, vlm, processor, records, device, size=16):
+def validate(latent, vlm, processor, records, place, size=16):
     """Mean nats per response token of these records: the bare VLM; the world model with the inferred actions (no
     noise); with random ones."""
     sums, count = Counter(), 0
     for i in range(0, len(records), size):
-        batch = processor.collate([processor.example(r) for r in records[i : i + size]]).to(device)
-        with common.autocast(device):
+        batch = processor.collate([processor.example(r) for r in records[i : i + size]]).to(place.device)
+        with place.autocast():
             h_BTD = vlm(batch)
             e_BTD, explained = latent.context(h_BTD, batch.paired_B), batch.response_BT[:, 1:]
             e_MD, ids_M = e_BTD[:, :-1][explained], batch.ids_BT[:, 1:][explained]
@@ -146,27 +148,29 @@ def validate(latent, vlm, processor, records, device, size=16):
 class Run:
     """What both phases need: the data, the models, the log, and where an earlier run stopped."""
 
-    def __init__(self, cfg, guard, device, rank, ranks):
-        self.cfg, self.guard, self.device = cfg, guard, device
+    def __init__(self, cfg, guard, place):
+        self.cfg, self.guard, self.place = cfg, guard, place
         projector, before = checkpoint.load(cfg.projector, "--projector", ["stage1_projector"], cfg.vlm)
         self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
         self.files = {"paired": Records(cfg.paired), "text": Records(cfg.text)}
-        self.vlm = VLM(cfg.vlm, self.device, common.vlm_dtype(self.device))
+        self.vlm = VLM(cfg.vlm, place.device, place.dtype)
         same = ("codes", "inverse_blocks", "policy_blocks", "merges", "world_output", "tau", "entropy_bonus")
         self.arch = {k: getattr(cfg, k) for k in same}
         self.arch |= {"skip": before["config"]["mean"] == "skip", "project": cfg.without != "projector"}
-        self.latent = common.build_latent(self.vlm, self.arch, projector, cfg.projector, ["projector"]).to(self.device)
+        self.latent = common.build_latent(self.vlm, self.arch, projector, cfg.projector, ["projector"]).to(
+            self.place.device
+        )
         self.steps, self.start, self.going_on = cfg.steps_a + cfg.steps_b, 0, None
         if saved := checkpoint.resume(cfg.out, "stage2_codebook", asdict(cfg), may_grow=("steps_b",)):
             checkpoint.load_into(self.latent, saved[0], cfg.out, PARTS)
             self.start, self.going_on = saved[1]["step"], saved[2]
-        common.seed_noise(cfg.seed, rank, self.start, self.going_on)
+        common.seed_noise(cfg.seed, place.rank, self.start, self.going_on)
         self.log = common.Log(cfg.out, "stage 2: codebook", self.start, self.steps)
         self.usage = Usage(cfg.codes, cfg.window, self.going_on and self.going_on["extra"])
         self.refused = {k: set() for k in self.files}
-        self.streams = self.data(rank, ranks)
+        self.streams = self.data()
 
-    def data(self, rank, ranks):
+    def data(self):
         """-> {kind: batches of the training rows, from where the run stopped on}."""
         cfg = self.cfg
         train = {k: Records(f.path, limit=-cfg.val or None) for k, f in self.files.items()}
@@ -179,16 +183,16 @@ class Run:
                 self.processor,
                 cfg.batch,
                 cfg.seed,
-                drawn[k] * cfg.batch * ranks,
-                rank,
-                ranks,
+                drawn[k] * cfg.batch * self.place.ranks,
+                self.place.rank,
+                self.place.ranks,
                 refused=self.refused[k],
             )
             for k in self.files
         }
 
     def next(self, kind):
-        return next(self.streams[kind]).to(self.device)
+        return next(self.streams[kind]).to(self.place.device)
 
     def save(self, step, optimizer):
         """Write a checkpoint; the last one has the losses on the held-out rows."""
@@ -204,7 +208,7 @@ class Run:
     def validate(self, kind):
         f = self.files[kind]
         held_out = [f[i] for i in range(len(f) - self.cfg.val, len(f))]
-        val = validate(self.latent, self.vlm, self.processor, held_out, self.device)
+        val = validate(self.latent, self.vlm, self.processor, held_out, self.place)
         common.say(f"{kind}: " + ", ".join(f"{k} {v:.3f}" for k, v in val.items()) + " nats a token")
         return val
 
@@ -228,7 +232,7 @@ def train_phase(run, phase, begin, end):
         step_weights.rate(cfg.lr * rate)
         paired = run.next("paired")
         text = run.next("text") if phase == "b" and cfg.without != "text" else None
-        with common.autocast(run.device):
+        with run.place.autocast():
             loss, metrics, used = objective(paired, text)
         loss.backward()
         step_weights(paired.records + (text.records if text else []))
@@ -241,8 +245,8 @@ def train_phase(run, phase, begin, end):
             run.save(step + 1, step_weights.optimizer)
 
 
-def train(cfg, guard, device, rank, ranks):
-    run = Run(cfg, guard, device, rank, ranks)
+def train(cfg, guard, place):
+    run = Run(cfg, guard, place)
     if run.start < cfg.steps_a:
         train_phase(run, "a", 0, cfg.steps_a)
     if run.start < run.steps and cfg.steps_b:
@@ -254,9 +258,9 @@ def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
     if not cfg.steps_a + cfg.steps_b:
         raise DataError("--steps-a 0 --steps-b 0: nothing would be learnt; give at least one of them steps")
-    device, rank, ranks = common.setup(cfg.seed)
+    place = common.setup(cfg)
     with checkpoint.Guard(cfg.out) as guard:
-        train(cfg, guard, device, rank, ranks)
+        train(cfg, guard, place)
 
 
 if __name__ == "__main__":

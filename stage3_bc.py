@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import common
-from common import option
+from common import DTYPES, option
 from data import DataError, Processor, Records, batches
 from model import inverse_loss
 from vlm import VLM, next_token_loss
@@ -54,6 +54,8 @@ class Config:
     loss_on: str = option("response", "which tokens are explained", choices=("response", "all"))
     max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
+    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
+    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(0, "seed of noise and data order")
     save_every: int = option(150, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
@@ -120,9 +122,9 @@ def trainable_parts(phase):
 class Run:
     """What the phases share: data, models, the log, and where an earlier run stopped."""
 
-    def __init__(self, cfg, guard, device, rank, ranks):
+    def __init__(self, cfg, guard, place):
         self.cfg, self.guard, self.is_token = cfg, guard, cfg.actions == "token"
-        self.device, self.rank, self.ranks = device, rank, ranks
+        self.place = place
         before = self.load_models()
         self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
         self.files = {"demos": Records(cfg.demos)}
@@ -139,46 +141,46 @@ class Run:
             else:
                 checkpoint.load_into(self.latent, saved[0], cfg.out)
             self.start, self.going_on = saved[1]["step"], saved[2]
-        common.seed_noise(cfg.seed, self.rank, self.start, self.going_on)
+        common.seed_noise(cfg.seed, place.rank, self.start, self.going_on)
         self.log = common.Log(cfg.out, f"stage 3: {'SFT' if self.is_token else 'policy'}", self.start, self.steps)
         self.refused = set()
 
     def load_models(self):
         """self.vlm, self.latent, self.arch -> state of the run given as --init (None for SFT)."""
-        cfg = self.cfg
+        cfg, place = self.cfg, self.place
         if self.is_token:  # what trains needs float32 master weights
-            self.vlm, self.latent = VLM(cfg.vlm, self.device, torch.float32), None
+            self.vlm, self.latent = VLM(cfg.vlm, place.device, torch.float32), None
             self.vlm.train_last(cfg.train_share)
             self.arch = {"train_share": cfg.train_share}
             return None
         tensors, before = checkpoint.load(cfg.init, "--init", ["stage2_codebook", "stage3_bc"], cfg.vlm)
         if before["config"].get("actions") == "token":
             raise DataError(f"--init {cfg.init}: is an SFT run; needed is one of stage 2, or a clone")
-        self.vlm = VLM(cfg.vlm, self.device, common.vlm_dtype(self.device))
+        self.vlm = VLM(cfg.vlm, place.device, place.dtype)
         self.arch = before["arch"] | {"tau": cfg.tau, "entropy_bonus": cfg.entropy_bonus}
         needed = ("projector", "inverse", "quantiser", "world")
-        self.latent = common.build_latent(self.vlm, self.arch, tensors, cfg.init, needed).to(self.device)
+        self.latent = common.build_latent(self.vlm, self.arch, tensors, cfg.init, needed).to(place.device)
         return before
 
     def train(self, kinds, size, begin, end, peak, loss_fn, rate):
         """Steps begin..end on `size` rows of each of `kinds`: loss_fn(model, *batches), learning rate peak *
         rate(done)."""
-        cfg, model = self.cfg, self.vlm if self.is_token else self.latent
+        cfg, place, model = self.cfg, self.place, self.vlm if self.is_token else self.latent
         step_weights = common.Stepper([p for p in model.parameters() if p.requires_grad], peak, cfg.clip_norm)
         common.report(step_weights.params, self.vlm, *([] if self.is_token else [self.latent]))
         if self.going_on and begin < self.start:
             step_weights.optimizer.load_state_dict(self.going_on["optimizer"])
         objective = common.wrap(model, loss_fn)
         first = max(begin, self.start)
-        drawn = (first - begin) * size * self.ranks
+        drawn = (first - begin) * size * place.ranks
         streams = [
-            batches(self.files[k], self.processor, size, cfg.seed, drawn, self.rank, self.ranks, refused=self.refused)
+            batches(self.files[k], self.processor, size, cfg.seed, drawn, place.rank, place.ranks, refused=self.refused)
             for k in kinds
         ]
         for step in range(first, end):
             step_weights.rate(peak * rate((step - begin) / (end - begin)))
-            given = [next(s).to(self.device) for s in streams]
-            with common.autocast(self.device):
+            given = [next(s).to(place.device) for s in streams]
+            with place.autocast():
                 loss, metrics = objective(*given)
             loss.backward()
             step_weights([r for batch in given for r in batch.records])
@@ -232,8 +234,8 @@ def sft(run):
     run.train(["demos"], cfg.batch_adapt, 0, run.steps, cfg.lr_adapt, sft_loss, rate)
 
 
-def train(cfg, guard, device, rank, ranks):
-    run = Run(cfg, guard, device, rank, ranks)
+def train(cfg, guard, place):
+    run = Run(cfg, guard, place)
     if not run.steps:
         raise DataError("no steps: nothing would be learnt; give --steps-adapt, or --steps-clone and a run of stage 2")
     if run.is_token and run.start < run.steps:
@@ -247,9 +249,9 @@ def train(cfg, guard, device, rank, ranks):
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    device, rank, ranks = common.setup(cfg.seed)
+    place = common.setup(cfg)
     with checkpoint.Guard(cfg.out) as guard:
-        train(cfg, guard, device, rank, ranks)
+        train(cfg, guard, place)
 
 
 if __name__ == "__main__":

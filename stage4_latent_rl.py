@@ -37,7 +37,7 @@ import torch
 
 import checkpoint
 import common
-from common import option
+from common import DTYPES, option
 from data import DataError, Processor, Records, index_stream
 from rewards import load_judge, reward
 from rollout import decode, rollout, sampled_logp, uniforms
@@ -187,6 +187,8 @@ class Config:
     max_prompt: int = option(400, "longest prompt, tokens", least=1, paper=1024)
     max_new: int = option(64, "longest response, tokens", least=1, paper=1024)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
+    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
+    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(0, "seed of sampling and of the prompts' order")
     save_every: int = option(50, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
@@ -196,9 +198,9 @@ class Config:
 class Agent:
     """What rolls out and what trains: the policy (latent) or the VLM's last blocks (token), and the reference."""
 
-    def __init__(self, cfg, device, never):
-        self.cfg, self.never = cfg, never
-        self.vlm, self.latent, self.arch = common.load_agent(cfg.init, cfg.actions, cfg.vlm, device)
+    def __init__(self, cfg, place, never):
+        self.cfg, self.place, self.never = cfg, place, never
+        self.vlm, self.latent, self.arch = common.load_agent(cfg.init, cfg.actions, cfg.vlm, place)
         if self.latent is None:
             self.model, self.reference = self.vlm, copy.deepcopy(self.vlm)
             self.vlm.train_last(self.arch["train_share"])
@@ -258,7 +260,7 @@ def update(agent, objective, roll, adv_N, keep_N):
         for i in range(0, len(mask_NT), size):
             part = slice(i, i + size)
             some, mask = roll.rows(part) if size < len(mask_NT) else roll, mask_NT[part]
-            with common.autocast(mask.device):  # not around the step: the cache of cast weights would not notice it
+            with agent.place.autocast():
                 (logp, H), logp_ref = objective(some), agent.reference_logp(some)
             loss = policy_loss(
                 logp,
@@ -303,40 +305,42 @@ def summary(r_BG, adv_BG, roll, texts, eos):
     return metrics | {k: common.total(v) / ranks for k, v in means.items()}
 
 
-def train(cfg, guard, device, rank, ranks):
+def train(cfg, guard, place):
     if cfg.micro % cfg.group:
         raise DataError(f"--micro {cfg.micro}: must be a multiple of --group {cfg.group}")
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
     prompts, judge = Records(cfg.prompts), load_judge(cfg.judge)
     common.check(processor, prompts)
-    never = torch.tensor(processor.never_sampled, device=device)
-    agent = Agent(cfg, device, never)
+    never = torch.tensor(processor.never_sampled, device=place.device)
+    agent = Agent(cfg, place, never)
     start = agent.resume()
     objective = common.wrap(agent.model, agent.logp)
-    order = index_stream(len(prompts), cfg.seed, start * cfg.batch * ranks)
+    order = index_stream(len(prompts), cfg.seed, start * cfg.batch * place.ranks)
     log = common.Log(cfg.out, f"stage 4: {cfg.loss_type} {cfg.actions}", start, cfg.steps)
     settings = {"group": cfg.group, "temperature": cfg.temperature, "top_k": cfg.top_k, "never": never}
     settings |= {"eos": processor.eos_id, "pad": processor.pad_id}
 
     for step in range(start, cfg.steps):
         began = time.perf_counter()
-        rows = [int(next(order)) for _ in range(cfg.batch * ranks)][rank::ranks]
+        rows = [int(next(order)) for _ in range(cfg.batch * place.ranks)][place.rank :: place.ranks]
         records = [prompts[i] for i in rows]
-        prompt = processor.collate([processor.example(r, prompt_only=True) for r in records], left=True).to(device)
-        u_NT = uniforms(cfg.seed, [(step, i, g) for i in rows for g in range(cfg.group)], cfg.max_new).to(device)
-        with common.autocast(device):
+        prompt = processor.collate([processor.example(r, prompt_only=True) for r in records], left=True).to(
+            place.device
+        )
+        u_NT = uniforms(cfg.seed, [(step, i, g) for i in rows for g in range(cfg.group)], cfg.max_new).to(place.device)
+        with place.autocast():
             roll = rollout(agent.vlm, agent.latent, prompt, u_NT, **settings)
         texts = decode(processor.tokenizer, roll, processor.eos_id)
         rolled = time.perf_counter()
 
-        r_BG = torch.from_numpy(reward(judge, records, texts)).to(device)
+        r_BG = torch.from_numpy(reward(judge, records, texts)).to(place.device)
         judged = time.perf_counter()
 
         adv_BG = group_advantages(r_BG, cfg.loss_type)
         equal_B = (adv_BG.abs() < 1e-6).all(1)
         keep_BG = ~torch.isnan(r_BG) & (~equal_B[:, None] | algorithm(cfg.loss_type).equal_groups)
         metrics = update(agent, objective, roll, adv_BG.flatten(), keep_BG.flatten())
-        if device.type == "cuda":
+        if place.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = {"s_rollout": rolled - began, "s_judge": judged - rolled, "s_update": time.perf_counter() - judged}
 
@@ -351,9 +355,9 @@ def train(cfg, guard, device, rank, ranks):
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    device, rank, ranks = common.setup(cfg.seed)
+    place = common.setup(cfg)
     with checkpoint.Guard(cfg.out) as guard:
-        train(cfg, guard, device, rank, ranks)
+        train(cfg, guard, place)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def machine(device):
     """-> (FLOP/s of a large matrix product, bytes/s read by a large sum), measured here, in the VLM's dtype."""
     cuda = device.type == "cuda"
     n, numbers = (8192, 2**27) if cuda else (2048, 2**25)
-    a = torch.randn(n, n, device=device, dtype=common.vlm_dtype(device))
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     x = torch.zeros(numbers, device=device)
     product, read = in_turns([lambda: a @ a, lambda: x.sum()], 7, device)
     return 2 * n**3 / min(product), 4 * numbers / min(read)

@@ -120,6 +120,7 @@ class Bench:
     def __init__(self, shape, device):
         torch.manual_seed(0)
         self.shape, self.device, self.config = shape, device, vlm_config(shape)
+        self.place = common.Place(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 0, 1)
         self.ids = Ids(self.config)
         self.never = torch.arange(shape.vocab - 4, shape.vocab, device=device)
         self.u_NT = torch.rand(shape.prompts * shape.group, shape.new, device=device)
@@ -127,7 +128,7 @@ class Bench:
     # -------------------------------------------------------------------------------------------------- models and data
     @cached_property
     def vlm(self):
-        return VLM(self.config, self.device, common.vlm_dtype(self.device))
+        return VLM(self.config, self.device, self.place.dtype)
 
     @cached_property
     def token_vlm(self):
@@ -177,7 +178,7 @@ class Bench:
         step_weights = common.Stepper([p for p in module.parameters() if p.requires_grad], 1e-5, 1.0)
 
         def step():
-            with common.autocast(self.device):
+            with self.place.autocast():
                 value = loss()
             value.backward()
             step_weights()
@@ -208,11 +209,11 @@ class Bench:
 
     def roll(self, actions):
         vlm, latent = (self.vlm, self.latent) if actions == "latent" else (self.token_vlm, None)
-        with common.autocast(self.device):
+        with self.place.autocast():
             return rollout(vlm, latent, self.prompt, self.u_NT, **self.settings())
 
     def plain_roll(self):
-        with common.autocast(self.device):
+        with self.place.autocast():
             return straightforward.rollout(self.vlm, self.latent, self.prompt, self.u_NT, **self.settings())
 
     def generate(self):
@@ -233,7 +234,7 @@ class Bench:
         objective, adv_N = common.wrap(agent.model, agent.logp), self.advantages()
 
         def learn(roll):
-            with common.autocast(self.device):
+            with self.place.autocast():
                 stage4_latent_rl.update(agent, objective, roll, adv_N, torch.ones_like(adv_N, dtype=torch.bool))
 
         return learn
@@ -290,7 +291,7 @@ class RandomAgent(stage4_latent_rl.Agent):
 
     def __init__(self, bench, actions):
         self.cfg = stage4_latent_rl.Config(actions=actions, group=bench.shape.group, max_new=bench.shape.new)
-        self.never = bench.never
+        self.never, self.place = bench.never, bench.place
         if actions == "latent":
             bench.latent.train_only("policy")
         self.model = bench.latent.policy if actions == "latent" else bench.token_vlm
