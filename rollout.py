@@ -101,10 +101,12 @@ def uniforms(seed, rows, length):
 
 
 def choose(logits_NK, u_N, temperature, top_k, never=None):
-    """-> (what is sampled, or the arg max at temperature 0; its log-probability), each (N,)."""
+    """-> (what is sampled, or the arg max at temperature 0, (N,); its log-probability (N,); the top k indices from
+    which it was sampled, (N, k) int64, or None without truncation)."""
     logp_NK = log_probs(logits_NK, temperature or 1.0, top_k, never)
     pick_N = logp_NK.argmax(-1) if temperature == 0 else sample(logp_NK, u_N)
-    return pick_N, logp_NK.gather(-1, pick_N[:, None])[:, 0]
+    support_Nk = logp_NK.topk(top_k, -1).indices if 0 < top_k < logp_NK.shape[-1] else None
+    return pick_N, logp_NK.gather(-1, pick_N[:, None])[:, 0], support_Nk
 
 
 # --------------------------------------------------------------------------------------------------------- the rollouts
@@ -120,11 +122,12 @@ class Rollout:
     actions_NT: torch.Tensor | None = None  # codes; None for a token-level rollout
     e_BLD: torch.Tensor | None = None  # contexts of the prompts, kept once a group
     e_NTD: torch.Tensor | None = None  # contexts of the sampled tokens: position t is the state after token t
+    support_NTk: torch.Tensor | None = None  # with top-k: the indices that each action or token was sampled from
 
     def rows(self, part):
         """The rows `part`, a slice of whole groups, as a Rollout: for updates in micro-batches."""
         prompts = slice(part.start // self.group, -(-part.stop // self.group))
-        names = ("tokens_NT", "mask_NT", "logp_NT", "actions_NT", "e_NTD")
+        names = ("tokens_NT", "mask_NT", "logp_NT", "actions_NT", "e_NTD", "support_NTk")
         cut = {k: None if getattr(self, k) is None else getattr(self, k)[part] for k in names}
         e_BLD = None if self.e_BLD is None else self.e_BLD[prompts]
         return Rollout(self.prompt.rows(prompts), self.group, e_BLD=e_BLD, **cut)
@@ -148,16 +151,19 @@ class Said:
         if prompt.padded:
             response = torch.ones(N, length, dtype=torch.bool, device=device)
             self.seen_NS = torch.cat((prompt.mask_BT.repeat_interleave(group, 0), response), 1)
+        self.supports = []  # with top-k
         self.L, self.length = prompt.ids_BT.shape[1], 0
 
-    def add(self, token_N, logp_N):
-        """One more token a row, and the log-probability of what was sampled (the action, or the token).
+    def add(self, token_N, logp_N, support_Nk):
+        """One more token a row, the log-probability of what was sampled (the action, or the token), and its support.
 
         -> True when all rows have ended. The host looks at the device for that in every fourth step only."""
         t = self.length
         self.tokens_NT[:, t] = torch.where(self.done_N, self.pad, token_N)
         self.mask_NT[:, t] = ~self.done_N
         self.logp_NT[:, t] = logp_N
+        if support_Nk is not None:
+            self.supports.append(support_Nk)
         self.done_N = self.done_N | (token_N == self.eos)
         self.length += 1
         return self.length == self.tokens_NT.shape[1] or (t % 4 == 3 and bool(self.done_N.all()))
@@ -170,6 +176,7 @@ class Said:
     def rollout(self, prompt, group, **kept):
         T = self.length
         mask_NT = self.mask_NT[:, :T]
+        kept["support_NTk"] = torch.stack(self.supports, 1) if self.supports else None
         return Rollout(prompt, group, self.tokens_NT[:, :T], mask_NT, self.logp_NT[:, :T] * mask_NT, **kept)
 
 
@@ -191,11 +198,11 @@ def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k
     e_N1D = e_BLD[:, -1:].repeat_interleave(group, 0)
     actions, contexts = [], []
     for t in range(u_NT.shape[1]):
-        a_N, logp_N = choose(logits_N1K[:, -1], u_NT[:, t], temperature, top_k)
+        a_N, logp_N, support_Nk = choose(logits_N1K[:, -1], u_NT[:, t], temperature, top_k)
         y_ND = speak(e_N1D[:, 0], a_N)
         token_N = vlm.head(y_ND).index_fill_(-1, never, -math.inf).argmax(-1)
         actions.append(a_N)
-        if said.add(token_N, logp_N):
+        if said.add(token_N, logp_N, support_Nk):
             break
         token_N1, seen_NS = said.last()
         e_N1D = latent.context(encoder.step(token_N1, seen_NS), paired_N)
@@ -215,8 +222,8 @@ def rollout_token(vlm, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never
     said = Said(prompt, group, u_NT.shape[1], eos, pad)
     h_N1D = decoder.prefill(prompt, group)[:, -1:].repeat_interleave(group, 0)
     for t in range(u_NT.shape[1]):
-        token_N, logp_N = choose(vlm.head(h_N1D[:, 0]), u_NT[:, t], temperature, top_k, never)
-        if said.add(token_N, logp_N):
+        token_N, logp_N, support_Nk = choose(vlm.head(h_N1D[:, 0]), u_NT[:, t], temperature, top_k, never)
+        if said.add(token_N, logp_N, support_Nk):
             break
         h_N1D = decoder.step(*said.last())
     return said.rollout(prompt, group)
@@ -251,21 +258,23 @@ def token_states(vlm, roll):
     return torch.cat((first_N1D, decoder.step(roll.tokens_NT[:, :-1], roll.seen_NS())), 1)
 
 
-def sampled_logp(model, roll, temperature=1.0, top_k=0, never=None):
+def sampled_logp(model, roll, temperature=1.0, never=None):
     """Log-probabilities (N, T) of what a rollout sampled, under `model` (policy or VLM), and the entropy (N, T) in
     nats.
 
-    They come from the distribution that was sampled: after temperature, top-k and the ban of `never` (token level
-    only: an action has no banned value). So with top-k, ratio and clip compare truncated distributions. The KL to the
-    reference is taken from the reference's WHOLE distribution, since the sampled action may lie outside the
-    reference's own top k, where its truncated log-probability would be minus infinity. It is then a penalty for being
-    where the reference is unlikely to be, and does not start at 0, but at the mass that the truncation takes away."""
+    They come from the distribution that was sampled: after temperature, the ban of `never` (token level only: an
+    action has no banned value) and, with top-k, truncation to the indices that the rollout sampled from, whatever
+    `model` would choose as its own top k. So every model gives what was sampled a probability above 0, and with top-k
+    all that is made from these numbers compares distributions that are renormalised over that one support: the ratio,
+    the clip, and the KL to the reference, which is 0 where the policy is the reference. What a policy moves outside
+    of the support is not seen."""
     if roll.actions_NT is not None:
-        logp_NTK = log_probs(action_logits(model, roll), temperature, top_k)
+        logp_NTK = log_probs(action_logits(model, roll), temperature, support=roll.support_NTk)
         H_NT = torch.special.entr(logp_NTK.detach().exp()).sum(-1)
         return logp_NTK.gather(-1, roll.actions_NT[..., None])[..., 0], H_NT
     mask_NT = roll.mask_NT  # the head runs only where a token was sampled
     y_MD, ids_M = token_states(model, roll)[mask_NT], roll.tokens_NT[mask_NT]
-    logp_M, H_M = head_log_probs(model.head, y_MD, ids_M, temperature, top_k, never)
+    support_Mk = None if roll.support_NTk is None else roll.support_NTk[mask_NT]
+    logp_M, H_M = head_log_probs(model.head, y_MD, ids_M, temperature, never, support_Mk)
     zeros_NT = torch.zeros_like(roll.logp_NT)
     return zeros_NT.masked_scatter(mask_NT, logp_M), zeros_NT.masked_scatter(mask_NT, H_M)

@@ -15,9 +15,10 @@ kl = exp(logp_ref - logp) - (logp_ref - logp) - 1 of KL(pi || pi_ref), the per-t
              groups with equal rewards left out   sum of l / tokens of the global batch               (arXiv 2503.14476)
     bnpo     A = (r - mean) / std                 sum of l / tokens of the local batch                (method of TRL)
 
-Departures. Log-probabilities are those of the very distribution that was sampled (the release samples the top 32
-codes and scores all 128). Each algorithm keeps its own advantage and normaliser (the release divides all of them by
-the standard deviation). Left-out groups are not re-drawn (DAPO's dynamic sampling), so that every algorithm has the
+Departures. Log-probabilities are those of the very distribution that was sampled: with --top-k, policy and reference
+are both renormalised over the codes or tokens that could be chosen then (the release samples the top 32 codes and
+scores all 128). Each algorithm keeps its own advantage and normaliser (the release divides all of them by the
+standard deviation). Left-out groups are not re-drawn (DAPO's dynamic sampling), so that every algorithm has the
 same number of rollouts; DAPO's overlong penalty is not used, and its KL term is kept (--beta 0 removes it). A judge's
 failure is left out of its group's statistics and counted, never a mean.
 
@@ -213,14 +214,14 @@ class Agent:
 
     def logp(self, model, roll):
         """`sampled_logp` under the distribution that sampled."""
-        return sampled_logp(model, roll, self.cfg.temperature, self.cfg.top_k, self.never)
+        return sampled_logp(model, roll, self.cfg.temperature, self.never)
 
     @torch.no_grad()
     def reference_logp(self, roll):
-        """Without top-k: see `sampled_logp`. None if beta is 0."""
+        """The same under the reference. None if beta is 0."""
         if not self.cfg.beta:
             return None
-        return sampled_logp(self.reference, roll, self.cfg.temperature, 0, self.never)[0]
+        return self.logp(self.reference, roll)[0]
 
     def resume(self):
         """-> the step from which to go on."""

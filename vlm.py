@@ -5,7 +5,7 @@ model.py.
     log p   of next tokens, from the LM head; `log_probs` is the ONE definition of what is sampled and scored
 
 Letters: B batch, G group, N = B * G rows, T time, S = keys that can be seen (earlier ones and these), M = explained
-tokens of a batch in one row, D width, V vocabulary.
+tokens of a batch in one row, D width, V vocabulary, k of top-k.
 """
 
 import inspect
@@ -156,16 +156,22 @@ class VLM(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ log-probabilities of the LM head
-def log_probs(logits, temperature=1.0, top_k=0, never=None):
+def log_probs(logits, temperature=1.0, top_k=0, never=None, support=None):
     """Log-probabilities of the distribution that is sampled (float32, last axis): after the ban of `never` (indices),
-    temperature and top-k. Sampling and scoring both call this, so they cannot differ."""
+    temperature and truncation, minus infinity outside. Sampling and scoring both call this, so they cannot differ.
+
+    Truncation is to the k most likely when something is sampled (top_k; 0: none). When it is scored, it is to the
+    very indices that could be sampled then, support (..., k) int64: other weights would rank others highest."""
     logits = logits.float()
     if temperature != 1:
         logits = logits / temperature
     if never is not None:
         logits = logits.index_fill(-1, never, -math.inf)
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[..., -1:], -math.inf)
+    if support is None and 0 < top_k < logits.shape[-1]:
+        support = logits.topk(top_k, -1).indices
+    if support is not None:
+        outside = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, support, False)
+        logits = logits.masked_fill(outside, -math.inf)
     return F.log_softmax(logits, -1)
 
 
@@ -177,33 +183,35 @@ class HeadLogProbs(torch.autograd.Function):
     temperature is worked out in the forward pass, while p is there; backward only scales it. The 1 is subtracted before
     the product: in bfloat16 W[x] - sum_v p_v W[v] would be a small difference of two rounded numbers where p is near 1.
     A head that trains (the token-level baseline) needs p once more, for d log p(x) / d W = (1[v = x] - p_v) y /
-    temperature."""
+    temperature. Outside a truncated support p is 0, and so is its part of both gradients."""
 
     LOGITS = 2**23
 
     @staticmethod
-    def chunk(y, weight, ids, shape):
+    def chunk(ctx, y, weight, ids, support):
         """-> (log p(x), p) of these rows."""
-        logp = log_probs(F.linear(y, weight), *shape)
+        temperature, never = ctx.shape
+        logp = log_probs(F.linear(y, weight), temperature, 0, never, support)
         return logp.gather(-1, ids[:, None])[:, 0], logp.exp_()
 
     @staticmethod
-    def forward(ctx, y_MD, weight_VD, ids_M, with_entropy, *shape):
+    def forward(ctx, y_MD, weight_VD, ids_M, with_entropy, temperature, never, support_Mk):
         rows = max(1, HeadLogProbs.LOGITS // len(weight_VD))
+        ctx.shape, ctx.rows = (temperature, never), rows
         logp_M = y_MD.new_empty(len(ids_M), dtype=torch.float32)
         H_M = torch.zeros_like(logp_M)
         grad_MD = torch.empty_like(y_MD) if ctx.needs_input_grad[0] else None
         for i in range(0, len(ids_M), rows):
             part = slice(i, i + rows)
-            logp_M[part], p = HeadLogProbs.chunk(y_MD[part], weight_VD, ids_M[part], shape)
+            support = None if support_Mk is None else support_Mk[part]
+            logp_M[part], p = HeadLogProbs.chunk(ctx, y_MD[part], weight_VD, ids_M[part], support)
             if with_entropy:
                 H_M[part] = torch.special.entr(p).sum(-1)
             if grad_MD is not None:
                 p[torch.arange(len(p)), ids_M[part]] -= 1
-                grad_MD[part] = p.to(weight_VD.dtype) @ weight_VD / -shape[0]
-        for_weight = (y_MD, weight_VD, ids_M) if ctx.needs_input_grad[1] else ()
+                grad_MD[part] = p.to(weight_VD.dtype) @ weight_VD / -temperature
+        for_weight = (y_MD, weight_VD, ids_M, support_Mk) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(grad_MD, *for_weight)
-        ctx.shape, ctx.rows = shape, rows
         ctx.mark_non_differentiable(H_M)
         return logp_M, H_M
 
@@ -212,29 +220,31 @@ class HeadLogProbs(torch.autograd.Function):
         grad_MD, *for_weight = ctx.saved_tensors
         grad_y = None if grad_MD is None else grad_MD * g_M[:, None].to(grad_MD.dtype)
         grad_w = HeadLogProbs.weight_gradient(ctx, g_M, *for_weight) if for_weight else None
-        return grad_y, grad_w, None, None, *[None] * len(ctx.shape)
+        return grad_y, grad_w, None, None, None, None, None
 
     @staticmethod
-    def weight_gradient(ctx, g_M, y_MD, weight_VD, ids_M):
+    def weight_gradient(ctx, g_M, y_MD, weight_VD, ids_M, support_Mk):
         grad_VD = torch.zeros_like(weight_VD)
+        g_M = g_M / ctx.shape[0]  # the temperature
         for i in range(0, len(ids_M), ctx.rows):
             part = slice(i, i + ctx.rows)
             y = y_MD[part].to(weight_VD.dtype)
-            _, p = HeadLogProbs.chunk(y, weight_VD, ids_M[part], ctx.shape)
-            g = p.mul_(-g_M[part, None] / ctx.shape[0])
-            g[torch.arange(len(g)), ids_M[part]] += g_M[part] / ctx.shape[0]
+            support = None if support_Mk is None else support_Mk[part]
+            _, p = HeadLogProbs.chunk(ctx, y, weight_VD, ids_M[part], support)
+            g = p.mul_(-g_M[part, None])
+            g[torch.arange(len(g)), ids_M[part]] += g_M[part]
             grad_VD += g.T @ y
         return grad_VD
 
 
-def head_log_probs(head, y_MD, ids_M, temperature=1.0, top_k=0, never=None):
+def head_log_probs(head, y_MD, ids_M, temperature=1.0, never=None, support_Mk=None):
     """-> (log p(ids_M) under `log_probs` of head(y_MD), entropy of p in nats, without gradient), float32 (M,).
 
     Differentiable in y and in the head's weight."""
-    return HeadLogProbs.apply(y_MD, head.weight, ids_M, True, temperature, top_k, never)
+    return HeadLogProbs.apply(y_MD, head.weight, ids_M, True, temperature, never, support_Mk)
 
 
 def next_token_loss(head, y_MD, ids_M):
     """- sum log softmax(head(y))[x]; y_MD: the states of the explained positions alone, ids_M: the tokens that come
     next."""
-    return -HeadLogProbs.apply(y_MD, head.weight, ids_M, False, 1.0, 0, None)[0].sum()
+    return -HeadLogProbs.apply(y_MD, head.weight, ids_M, False, 1.0, None, None)[0].sum()

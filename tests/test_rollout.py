@@ -340,7 +340,7 @@ def test_sampled_logp_and_its_entropy(vlm, latent, processor, prompts, never, ac
     settings = {"group": 2, "temperature": temperature, "top_k": top_k}
     r = generate(vlm, agent(latent, actions), processor, prompts, draws(6, 5, seed=10), **settings)
     r.mask_NT[1, 3:] = False
-    logp, H = sampled_logp(model_of(vlm, latent, actions), r, temperature, top_k, never)
+    logp, H = sampled_logp(model_of(vlm, latent, actions), r, temperature, never)
     if actions == "latent":
         want = log_probs(action_logits(latent.policy, r), temperature, top_k)
     else:
@@ -351,3 +351,34 @@ def test_sampled_logp_and_its_entropy(vlm, latent, processor, prompts, never, ac
     by_hand = -torch.where(p > 0, p * want, 0.0).sum(-1)
     close(H[r.mask_NT], by_hand[r.mask_NT])
     assert 0 < H[r.mask_NT].min() and H.max() <= math.log(top_k or p.shape[-1]) + 1e-5
+
+
+# --------------------------------------------------------------------------------- top-k: the support is kept
+@torch.no_grad()
+@BOTH
+def test_a_rollout_keeps_what_it_could_choose_from(vlm, latent, processor, prompts, never, actions):
+    """k different indices for each action or token, most likely first, and never a banned one; in parts, too."""
+    r = generate(vlm, agent(latent, actions), processor, prompts, draws(6, 5, seed=11), group=2, top_k=4)
+    drawn = r.tokens_NT if actions == "token" else r.actions_NT
+    assert r.support_NTk.shape == (6, 5, 4) and (r.support_NTk == drawn[..., None]).any(-1).all()
+    assert all(len(set(k)) == 4 for row in r.support_NTk.tolist() for k in row)
+    assert actions == "latent" or not torch.isin(r.support_NTk, never).any()
+    assert torch.equal(r.rows(slice(2, 4)).support_NTk, r.support_NTk[2:4])
+    whole = generate(vlm, agent(latent, actions), processor, prompts[:1], draws(1, 3))
+    assert whole.support_NTk is None and whole.rows(slice(0, 1)).support_NTk is None
+
+
+@torch.no_grad()
+@BOTH
+def test_another_model_is_scored_over_what_the_rollout_could_choose_from(
+    vlm, latent, processor, prompts, never, actions
+):
+    """A support that is not the model's own top k: the softmax over these four logits, and nothing is impossible."""
+    r = generate(vlm, agent(latent, actions), processor, prompts, draws(6, 5, seed=12), group=2, temperature=0.7)
+    logits = vlm.head(token_states(vlm, r)) if actions == "token" else action_logits(latent.policy, r)
+    drawn = r.tokens_NT if actions == "token" else r.actions_NT
+    r.support_NTk = torch.cat((drawn[..., None], logits.topk(3, -1, largest=False).indices), -1)
+    logp, H = sampled_logp(model_of(vlm, latent, actions), r, 0.7, None)
+    want = torch.log_softmax(logits.gather(-1, r.support_NTk) / 0.7, -1)
+    close(logp, want[..., 0])
+    close(H, -(want.exp() * want).sum(-1))

@@ -435,3 +435,44 @@ def test_a_group_that_failed_as_a_whole_is_in_no_mean_of_the_log():
     roll = Rollout(None, 2, torch.ones(4, 3).long(), mask_NT, torch.zeros(4, 3))
     got = summary(r_BG, group_advantages(r_BG, "grpo"), roll, ["a", "b", "c", "d"], 9)
     assert got["judge_failed"] == 2 and got["reward"] == 2.0 and got["reward_std"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------ in bfloat16, with top-k
+@pytest.fixture(params=["float32", "bfloat16"])
+def precision(request, monkeypatch):
+    """The test runs twice, the second time as on a GPU: every forward pass under autocast."""
+    autocast = lambda *_: torch.autocast("cpu", torch.bfloat16, enabled=request.param == "bfloat16")  # noqa: E731
+    monkeypatch.setattr(common, "autocast", autocast)
+    return request.param
+
+
+@pytest.fixture
+def cast_roll_of(roll_of):
+    """roll_of, under the autocast of `precision`."""
+
+    def roll(agent, **settings):
+        with common.autocast(torch.device("cpu")):
+            return roll_of(agent, **settings)
+
+    return roll
+
+
+SEESAW = torch.tensor([1.0, -1.0, 1.0, -1.0])
+
+
+@BOTH
+@pytest.mark.parametrize("top_k, lr", [(40, 1e-3), (4, 0.03)])
+def test_top_k_with_several_updates_stays_finite(agent_of, cast_roll_of, precision, actions, top_k, lr):
+    """The moved policy ranks others highest than those that it sampled from; what was sampled stays possible."""
+    agent = agent_of(actions, top_k=top_k, updates=3, lr=lr, beta=0.01)
+    roll = cast_roll_of(agent, top_k=top_k)
+    metrics = update(agent, objective_of(agent), roll, SEESAW, ALL)
+    assert all(math.isfinite(v) for v in metrics.values()) and metrics["kl"] > 0
+    assert all(p.isfinite().all() for p in agent.params)
+
+
+@BOTH
+def test_with_top_k_the_kl_starts_at_0(agent_of, cast_roll_of, precision, actions):
+    agent = agent_of(actions, top_k=4)
+    metrics = update(agent, objective_of(agent), cast_roll_of(agent, top_k=4), SEESAW, ALL)
+    assert abs(metrics["kl"]) < 1e-6 and metrics["entropy"] > 0.01

@@ -118,8 +118,8 @@ def test_next_token_loss_by_hand():
     assert next_token_loss(head, 50 * torch.eye(3), torch.tensor([1, 2, 0])).item() > 50
 
 
-def plain_log_probs(head, x, ids, temperature, top_k, never):
-    logp = log_probs(head(x), temperature, top_k, never)
+def plain_log_probs(head, x, ids, temperature, never, support):
+    logp = log_probs(head(x), temperature, 0, never, support)
     return logp.gather(-1, ids[:, None])[:, 0], torch.distributions.Categorical(logits=logp).entropy()
 
 
@@ -131,9 +131,10 @@ def test_head_log_probs_in_parts_equal_the_plain_ones(monkeypatch, rows, shape, 
     torch.manual_seed(12)
     head = torch.nn.Linear(6, 11, bias=False)
     monkeypatch.setattr(HeadLogProbs, "LOGITS", 11 * rows)
-    shape = (*shape[:2], None if shape[2] is None else torch.tensor(shape[2]))
+    temperature, top_k, never = (*shape[:2], None if shape[2] is None else torch.tensor(shape[2]))
     y, g = 3 * torch.randn(9, 6), torch.randn(9)
-    ids = log_probs(head(y), *shape).topk(2).indices[:, 1]  # sampled, so never cut off
+    best = log_probs(head(y), temperature, top_k, never).topk(top_k or 11).indices
+    ids, shape = best[:, 1], (temperature, never, best if top_k else None)  # sampled, so never cut off
     out = []
     for way in (plain_log_probs, head_log_probs):
         x = y.clone().requires_grad_(True)
@@ -202,3 +203,40 @@ def test_bad_checkpoint_is_named(tmp_path, damage):
         (folder / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(DataError, match="my-vlm"):
         VLM(folder)
+
+
+# ------------------------------------------------------------------------------------------- a support that is given
+def test_log_probs_over_a_given_support_by_hand():
+    logits = torch.tensor([[4.0, 1, 9, 16], [4, 1, 9, 16]]).log()
+    got = log_probs(logits, support=torch.tensor([[0, 1], [2, 0]])).exp()
+    close(got, torch.tensor([[4 / 5, 1 / 5, 0, 0], [4 / 13, 0, 9 / 13, 0]]), 1e-6)
+    # the top k of these logits does not matter then, temperature and ban do: 16 against 9 ** 2 = 81, 1 is banned
+    got = log_probs(logits, 0.5, 1, torch.tensor([1]), torch.tensor([[0, 1, 2]] * 2)).exp()
+    close(got, torch.tensor([[16 / 97, 0, 81 / 97, 0]] * 2), 1e-6)
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_head_log_probs_over_a_given_support_against_float64(monkeypatch, rows):
+    """Values, entropies and both gradients; the support is no top k, and differs from row to row."""
+    g = torch.Generator().manual_seed(13)
+    monkeypatch.setattr(HeadLogProbs, "LOGITS", 11 * rows)
+    W, y, c = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((11, 6), (9, 6), (9,)))
+    support = torch.stack([torch.randperm(11, generator=g)[:4] for _ in range(9)])
+    ids = support[:, 2]
+    W.requires_grad_(True), y.requires_grad_(True)
+    want = torch.log_softmax((y @ W.T).gather(1, support) / 0.7, 1)
+    want_y, want_W = torch.autograd.grad((want[:, 2] * c).sum(), (y, W))
+
+    head = torch.nn.Linear(6, 11, bias=False)
+    head.weight.data.copy_(W.detach())
+    x = y.detach().float().requires_grad_(True)
+    logp, H = head_log_probs(head, x, ids, 0.7, None, support)
+    (logp * c.float()).sum().backward()
+    for got, exact in (
+        (logp, want[:, 2]),
+        (H, -(want.exp() * want).sum(1)),
+        (x.grad, want_y),
+        (head.weight.grad, want_W),
+    ):
+        assert exact.abs().max() > 0.1
+        close(got.double(), exact, 2e-6)
