@@ -261,7 +261,8 @@ class Stack(nn.Module):
         turn, x = torch.polar(torch.ones_like(angle), angle), e_BTD
         for i, block in enumerate(self.blocks):
             x = block(x, turn, see, cache, i)
-        return self.out(self.norm(x)).float()
+        with torch.autocast(x.device.type, enabled=False):  # few numbers, but all of the log-probabilities
+            return F.linear(self.norm(x).float(), self.out.weight.float(), self.out.bias.float())
 
 
 # ------------------------------------------------------------------------------------------------------------- together

@@ -200,7 +200,7 @@ def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k
     for t in range(u_NT.shape[1]):
         a_N, logp_N, support_Nk = choose(logits_N1K[:, -1], u_NT[:, t], temperature, top_k)
         y_ND = speak(e_N1D[:, 0], a_N)
-        token_N = vlm.head(y_ND).index_fill_(-1, never, -math.inf).argmax(-1)
+        token_N = vlm.logits(y_ND).index_fill_(-1, never, -math.inf).argmax(-1)
         actions.append(a_N)
         if said.add(token_N, logp_N, support_Nk):
             break
@@ -222,7 +222,7 @@ def rollout_token(vlm, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never
     said = Said(prompt, group, u_NT.shape[1], eos, pad)
     h_N1D = decoder.prefill(prompt, group)[:, -1:].repeat_interleave(group, 0)
     for t in range(u_NT.shape[1]):
-        token_N, logp_N, support_Nk = choose(vlm.head(h_N1D[:, 0]), u_NT[:, t], temperature, top_k, never)
+        token_N, logp_N, support_Nk = choose(vlm.logits(h_N1D[:, 0]), u_NT[:, t], temperature, top_k, never)
         if said.add(token_N, logp_N, support_Nk):
             break
         h_N1D = decoder.step(*said.last())

@@ -7,7 +7,9 @@ baseline: the same algorithms, prompts, group, judge and number of rollouts on t
 VLM's last blocks, final norm, embeddings and head.
 
 With ratio = exp(logp - logp_old), s = min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), and the k3 estimator
-kl = exp(logp_ref - logp) - (logp_ref - logp) - 1 of KL(pi || pi_ref), the per-token loss is l = -s + beta kl, and
+kl = exp(logp_ref - logp) - (logp_ref - logp) - 1 of KL(pi || pi_ref), the per-token loss is l = -s + beta kl. logp_old
+is what the first update on a rollout computes, not what the rollout logged while it sampled: there the same weights
+give slightly other numbers in bfloat16. So with one update the ratio is exactly 1. The algorithms are
 
     grpo     A = (r - mean) / std of the group    mean over sequences of the mean over tokens of l    (arXiv 2402.03300)
     dr_grpo  A = r - mean                         sum of l / (N * max_length)                         (arXiv 2503.20783)
@@ -35,6 +37,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import checkpoint
 import common
@@ -256,16 +259,19 @@ def update(agent, objective, roll, adv_N, keep_N):
     # DDP averages over ranks, so a rank's normalisers are the global ones / ranks
     weights_NT = token_weights(mask_NT, cfg.loss_type, cfg.max_new, rows / ranks, tokens / ranks)
     size = cfg.micro or len(mask_NT)
-    for _ in range(cfg.updates):
+    logp_old_NT = torch.zeros_like(roll.logp_NT)
+    for turn in range(cfg.updates):
         sums = torch.zeros(3, device=mask_NT.device)
         for i in range(0, len(mask_NT), size):
             part = slice(i, i + size)
             some, mask = roll.rows(part) if size < len(mask_NT) else roll, mask_NT[part]
             with agent.place.autocast():
                 (logp, H), logp_ref = objective(some), agent.reference_logp(some)
+            if turn == 0:  # the ratio is exactly 1; the rollout's own logp comes from other kernels, see logp_gap
+                logp_old_NT[part] = logp.detach()
             loss = policy_loss(
                 logp,
-                some.logp_NT,
+                logp_old_NT[part],
                 logp_ref,
                 adv_N[part],
                 mask,
@@ -278,13 +284,22 @@ def update(agent, objective, roll, adv_N, keep_N):
             )
             loss.backward()
             with torch.no_grad():
-                ratio = torch.exp(logp - some.logp_NT)[mask]
+                ratio = torch.exp(logp - logp_old_NT[part])[mask]
                 clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + clip_high)
                 kl = torch.zeros_like(logp) if logp_ref is None else k3(logp, logp_ref)
                 sums += torch.stack([kl[mask].sum(), H[mask].sum(), clipped.sum().float()])
         norm = agent.step_weights(roll.prompt.records)
         kl, entropy, clip_share = common.total(sums) / tokens
-    return {"grad_norm": norm, "kl": kl, "entropy": entropy, "clip_share": clip_share}
+    gap_NT = torch.where(mask_NT, (logp_old_NT - roll.logp_NT).abs(), 0.0)
+    gaps = {"logp_gap": common.total(gap_NT.sum()) / tokens, "logp_gap_max": largest(gap_NT.max())}
+    return {"grad_norm": norm, "kl": kl, "entropy": entropy, "clip_share": clip_share} | gaps
+
+
+def largest(x):
+    """The largest of a number over all ranks -> tensor: each rank writes its own into one place of a sum."""
+    places = torch.zeros(common.world_size(), device=x.device)
+    places[dist.get_rank() if dist.is_initialized() else 0] = x
+    return common.total(places).max()
 
 
 def summary(r_BG, adv_BG, roll, texts, eos):

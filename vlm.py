@@ -147,6 +147,13 @@ class VLM(nn.Module):
             input_ids=ids_NT, attention_mask=see, position_ids=pos_NT, past_key_values=cache, use_cache=True
         )
 
+    def logits(self, y_MD):
+        """The LM head's logits (M, V), for sampling: float32, as `HeadLogProbs` has them."""
+        dtype = product_dtype(y_MD, self.head.weight)
+        if dtype == torch.float32:
+            return self.head(y_MD)  # may be packed
+        return head_logits(y_MD, self.head.weight.to(dtype))
+
     def _types(self, batch):
         return (batch.ids_BT == self.model.config.image_token_id).int()
 
@@ -156,6 +163,24 @@ class VLM(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ log-probabilities of the LM head
+def product_dtype(x, weight):
+    """The dtype of the factors of a product: autocast's where it is on, else the weight's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def head_logits(y_MD, weight_VD):
+    """W y in float32 (M, V), without gradient. y is rounded to the dtype of W, the sums are not.
+
+    A product in bfloat16 would round its result as well: a logit of 16 would stand for all from 15.97 to 16.06. What
+    is sampled with such logits has other log-probabilities than what is scored, and an arg max has ties."""
+    y_MD = y_MD.to(weight_VD.dtype)
+    with torch.autocast(y_MD.device.type, enabled=False):
+        if y_MD.is_cuda and weight_VD.dtype != torch.float32:
+            return torch.mm(y_MD, weight_VD.T, out_dtype=torch.float32)
+        return F.linear(y_MD.float(), weight_VD.float())
+
+
 def log_probs(logits, temperature=1.0, top_k=0, never=None, support=None):
     """Log-probabilities of the distribution that is sampled (float32, last axis): after the ban of `never` (indices),
     temperature and truncation, minus infinity outside. Sampling and scoring both call this, so they cannot differ.
@@ -191,25 +216,26 @@ class HeadLogProbs(torch.autograd.Function):
     def chunk(ctx, y, weight, ids, support):
         """-> (log p(x), p) of these rows."""
         temperature, never = ctx.shape
-        logp = log_probs(F.linear(y, weight), temperature, 0, never, support)
+        logp = log_probs(head_logits(y, weight), temperature, 0, never, support)
         return logp.gather(-1, ids[:, None])[:, 0], logp.exp_()
 
     @staticmethod
     def forward(ctx, y_MD, weight_VD, ids_M, with_entropy, temperature, never, support_Mk):
         rows = max(1, HeadLogProbs.LOGITS // len(weight_VD))
-        ctx.shape, ctx.rows = (temperature, never), rows
+        ctx.shape, ctx.rows, ctx.dtype = (temperature, never), rows, product_dtype(y_MD, weight_VD)
+        weight = weight_VD.to(ctx.dtype)
         logp_M = y_MD.new_empty(len(ids_M), dtype=torch.float32)
         H_M = torch.zeros_like(logp_M)
         grad_MD = torch.empty_like(y_MD) if ctx.needs_input_grad[0] else None
         for i in range(0, len(ids_M), rows):
             part = slice(i, i + rows)
             support = None if support_Mk is None else support_Mk[part]
-            logp_M[part], p = HeadLogProbs.chunk(ctx, y_MD[part], weight_VD, ids_M[part], support)
+            logp_M[part], p = HeadLogProbs.chunk(ctx, y_MD[part], weight, ids_M[part], support)
             if with_entropy:
                 H_M[part] = torch.special.entr(p).sum(-1)
             if grad_MD is not None:
                 p[torch.arange(len(p)), ids_M[part]] -= 1
-                grad_MD[part] = p.to(weight_VD.dtype) @ weight_VD / -temperature
+                grad_MD[part] = p.to(ctx.dtype) @ weight / -temperature
         for_weight = (y_MD, weight_VD, ids_M, support_Mk) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(grad_MD, *for_weight)
         ctx.mark_non_differentiable(H_M)
@@ -224,13 +250,13 @@ class HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def weight_gradient(ctx, g_M, y_MD, weight_VD, ids_M, support_Mk):
-        grad_VD = torch.zeros_like(weight_VD)
+        grad_VD, weight = torch.zeros_like(weight_VD), weight_VD.to(ctx.dtype)
         g_M = g_M / ctx.shape[0]  # the temperature
         for i in range(0, len(ids_M), ctx.rows):
             part = slice(i, i + ctx.rows)
             y = y_MD[part].to(weight_VD.dtype)
             support = None if support_Mk is None else support_Mk[part]
-            _, p = HeadLogProbs.chunk(ctx, y, weight_VD, ids_M[part], support)
+            _, p = HeadLogProbs.chunk(ctx, y, weight, ids_M[part], support)
             g = p.mul_(-g_M[part, None])
             g[torch.arange(len(g)), ids_M[part]] += g_M[part]
             grad_VD += g.T @ y

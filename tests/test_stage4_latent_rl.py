@@ -300,12 +300,14 @@ def test_kl_is_finite_where_the_reference_would_sample_others(agent_of, roll_of)
     assert 0 < metrics["kl"] < math.inf and torch.isfinite(metrics["grad_norm"])
 
 
-def move(agent, roll, adv, keep):
+def move(agent, roll, adv, keep, lr=1000.0, log=None):
     """Where one update moves the weights: minus the gradient, times a rate so large that rounding is small beside it.
     The weights are put back."""
     before = [p.detach().clone() for p in agent.params]
-    agent.optimizer = torch.optim.SGD(agent.params, lr=1000.0)
-    update(agent, objective_of(agent), roll, adv, keep)
+    agent.optimizer = torch.optim.SGD(agent.params, lr=lr)
+    metrics = update(agent, objective_of(agent), roll, adv, keep)
+    if log is not None:
+        log.append(metrics)
     with torch.no_grad():
         moved = torch.cat([(p - old).flatten() for p, old in zip(agent.params, before)])
         for p, old in zip(agent.params, before):
@@ -476,3 +478,35 @@ def test_with_top_k_the_kl_starts_at_0(agent_of, cast_roll_of, precision, action
     agent = agent_of(actions, top_k=4)
     metrics = update(agent, objective_of(agent), cast_roll_of(agent, top_k=4), SEESAW, ALL)
     assert abs(metrics["kl"]) < 1e-6 and metrics["entropy"] > 0.01
+
+
+# ------------------------------------------------------------------------------------- the ratio, and the rollout's gap
+@BOTH
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_ratio_starts_at_1_whatever_the_rollout_logged(agent_of, roll_of, actions, updates):
+    """Later updates compare with the first one's log-probabilities, too; what the rollout logged is compared apart."""
+    agent = agent_of(actions, updates=updates, beta=0.0)
+    roll, moved, logged = roll_of(agent), [], []
+    tokens = roll.mask_NT.sum().item()
+    for wrong in (0.0, 0.5):
+        some = copy.copy(roll)
+        some.logp_NT = torch.where(roll.mask_NT, roll.logp_NT + wrong, 0.0)
+        some.logp_NT[0, 0] += wrong
+        moved.append(move(agent, some, SEESAW, ALL, lr=3.0, log=logged))
+    assert same_move(*moved) and logged[1]["clip_share"] == logged[0]["clip_share"]
+    assert (logged[0]["clip_share"] > 0) == (updates > 1) and logged[0]["logp_gap_max"] < 1e-4
+    assert logged[1]["logp_gap"].item() == pytest.approx(0.5 * (tokens + 1) / tokens, abs=1e-4)
+    assert logged[1]["logp_gap_max"].item() == pytest.approx(1.0, abs=1e-4)
+
+
+@BOTH
+def test_in_bfloat16_the_ratio_starts_at_exactly_1(agent_of, processor, prompts, monkeypatch, actions):
+    """The rollout's log-probabilities come from products of other shapes, and are others after rounding."""
+    monkeypatch.setattr(common, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    agent, apart, real = agent_of(actions, temperature=2.0), [], stage4_latent_rl.policy_loss
+    record = lambda logp, old, *a, **k: apart.append((logp - old).abs().max()) or real(logp, old, *a, **k)  # noqa: E731
+    monkeypatch.setattr(stage4_latent_rl, "policy_loss", record)
+    with common.autocast():
+        roll = generate(agent.vlm, agent.latent, processor, prompts[:2], draws(4, 12), group=2, temperature=2.0)
+    metrics = update(agent, objective_of(agent), roll, SEESAW, ALL)
+    assert [x.item() for x in apart] == [0.0] and metrics["logp_gap_max"] > metrics["logp_gap"] > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LAYERS, TINY, alone, close, extend, question
+from helpers import LAYERS, TINY, alone, close, extend, picked, question
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from data import DataError
@@ -240,3 +240,19 @@ def test_head_log_probs_over_a_given_support_against_float64(monkeypatch, rows):
     ):
         assert exact.abs().max() > 0.1
         close(got.double(), exact, 2e-6)
+
+
+# ------------------------------------------------------------------------------------------------ in bfloat16
+def test_logits_are_not_rounded_to_bfloat16(vlm, latent):
+    """The factors are; the LM head's and the policy's logits are float32. What is scored has the same ones."""
+    torch.manual_seed(14)
+    y, ids = 3 * torch.randn(5, 128), torch.tensor([5, 77, 300, 1000, 9])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, actions = vlm.logits(y), latent.policy(y[None])
+        logp, _ = head_log_probs(vlm.head, y, ids)
+    want = y.bfloat16().double() @ vlm.head.weight.bfloat16().double().T
+    assert logits.dtype == actions.dtype == torch.float32
+    close(logits.double(), want, 1e-4)
+    close(logp, picked(log_probs(logits), ids), 1e-5)
+    assert (actions.bfloat16() != actions).float().mean() > 0.9
+    close(vlm.logits(y), vlm.head(y), 0)
