@@ -35,7 +35,7 @@ import common
 import plots
 from common import DTYPES, option
 from data import DataError, Processor, Records
-from rewards import EmbeddingJudge, judge_ratio, load_judge, ngram_embed, rollout_diversity
+from rewards import EmbeddingJudge, judge_ratio, judgements, load_judge, ngram_embed, rollout_diversity
 from rollout import decode, rollout, uniforms
 from vlm import VLM
 
@@ -150,7 +150,7 @@ def score(judge, records, texts):
     -> {'ratio': mean over records and samples, 'std': over samples or None, 'dimensions': {name: [mean score of the
     responses, of the references]}, and 'judge_failed': how many responses, if any}"""
     samples = len(texts[0])
-    entries = [judge(records, [t[s] for t in texts]) for s in range(samples)]
+    entries = [judgements(judge, records, [t[s] for t in texts]) for s in range(samples)]
     judged = [e for row in entries for e in row if e is not None]
     failed = samples * len(records) - len(judged)
     if not judged:
@@ -177,10 +177,11 @@ def dimension(entries, name):
 def training(run):
     """Reward at the start and at the end, and median seconds of a rollout and an update, from a stage 4's metrics."""
     rows = common.read_metrics(run)
-    k = max(1, min(10, len(rows) // 4))
+    rewards = [r["reward"] for r in rows if "reward" in r]  # not in steps in which the judge failed throughout
+    k = max(1, min(10, len(rewards) // 4))
     return {
-        "reward_start": float(np.mean([r["reward"] for r in rows[:k]])),
-        "reward_end": float(np.mean([r["reward"] for r in rows[-k:]])),
+        "reward_start": float(np.mean(rewards[:k])),
+        "reward_end": float(np.mean(rewards[-k:])),
         "s_rollout": float(np.median([r["s_rollout"] for r in rows])),
         "s_update": float(np.median([r["s_update"] for r in rows])),
     }

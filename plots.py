@@ -69,9 +69,10 @@ def draw_curves(runs, path):
     for name, run in runs.items():
         rows = common.read_metrics(run)
         config = checkpoint.read_state(run)["config"]
-        rollouts = np.array([r["step"] for r in rows]) * config["batch"] * config["group"]
         for axis, key in zip(axes, CURVES):
-            y = np.array([r[key] for r in rows])
+            there = [r for r in rows if key in r]  # a step without any judgement has no reward
+            rollouts = np.array([r["step"] for r in there]) * config["batch"] * config["group"]
+            y = np.array([r[key] for r in there])
             axis.plot(rollouts, y, color=colour_of(name), alpha=0.25, linewidth=0.8)
             axis.plot(rollouts, smooth(y, 20), color=colour_of(name), linewidth=2, label=name)
     for axis, (_, title) in zip(axes, CURVES.items()):

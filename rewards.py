@@ -9,7 +9,8 @@ answered, responses[i] the answer (a str). A record stands in several rows when 
 An entry is a dict {name of a dimension: (score of the response, score of the reference)}. Scores are floats from 1 to
 10. The reference is the record's last assistant message. A judge scores the two TOGETHER: in the paper, one call of a
 language model sees the image, the prompt and both. An entry is None where the judge failed. Such a row counts as not
-judged: never as 0, never as a mean. The other rows keep their scores.
+judged: never as 0, never as a mean. The other rows keep their scores. An entry without a usable ratio is a failure,
+too: one with a score that is negative, infinite or not a number, or with scores of the reference whose sum is 0.
 
 On the command line, --judge names a judge in one of three ways:
 
@@ -148,16 +149,31 @@ def _load_embedder(folder):
 
 
 # -------------------------------------------------------------------------------------------- reward and ratio
+def judgements(judge, records, responses):
+    """-> the judge's entries, one a response; None where it failed or where its scores cannot be used, see above."""
+    entries = judge(records, responses)
+    if len(entries) != len(responses):
+        raise DataError(f"--judge: gave {len(entries)} entries for {len(responses)} responses; each row needs one")
+    return [entry if usable(entry) else None for entry in entries]
+
+
+def usable(entry):
+    if not entry:
+        return False
+    scores_D2 = np.array([*entry.values()], np.float64)
+    return bool(np.isfinite(scores_D2).all() and (scores_D2 >= 0).all() and scores_D2[:, 1].sum() > 0)
+
+
 def reward(judge, records, responses):
     """R = sum_d score_d(response) / sum_d score_d(reference), the ratio of sums: MMRole's, for RL. -> float32 (B, G).
 
     records: B; responses: B * G, those of a record side by side. NaN where the judge failed: the caller leaves such a
     row out of its group's statistics and counts it."""
     B, G = len(records), len(responses) // len(records)
-    entries = judge([r for r in records for _ in range(G)], responses)
-    if len(entries) != len(responses):
-        raise DataError(f"--judge: gave {len(entries)} entries for {len(responses)} responses; each row needs one")
-    return np.array([ratio_of_sums(e) for e in entries], np.float32).reshape(B, G)
+    entries = judgements(judge, [r for r in records for _ in range(G)], responses)
+    ratios = np.array([ratio_of_sums(e) for e in entries])
+    ratios[ratios > np.finfo(np.float32).max] = np.nan  # would be infinite
+    return ratios.astype(np.float32).reshape(B, G)
 
 
 def ratio_of_sums(entry):
@@ -168,8 +184,9 @@ def ratio_of_sums(entry):
 
 
 def judge_ratio(entry):
-    """mean_d score_d(response) / score_d(reference) of one entry, the mean of ratios: for evaluation. NaN for None."""
-    if entry is None:
+    """mean_d score_d(response) / score_d(reference) of one entry, the mean of ratios: for evaluation. NaN for None, and
+    where the reference has a score of 0."""
+    if entry is None or any(theirs == 0 for _, theirs in entry.values()):
         return float("nan")
     return float(np.mean([ours / theirs for ours, theirs in entry.values()]))
 

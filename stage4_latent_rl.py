@@ -198,6 +198,9 @@ class Config:
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
 
 
+SILENT_STEPS = 3  # so many steps in a row without any judgement end a run
+
+
 # --------------------------------------------------------------------------------------------------------- one RL step
 class Agent:
     """What rolls out and what trains: the policy (latent) or the VLM's last blocks (token), and the reference."""
@@ -251,11 +254,15 @@ class Agent:
 
 
 def update(agent, objective, roll, adv_N, keep_N):
-    """cfg.updates optimizer steps on one rollout -> metrics. Rows with keep_N False take no part in any mean."""
+    """cfg.updates optimizer steps on one rollout -> metrics. Rows with keep_N False take no part in any mean.
+
+    Where no rank keeps a row there is nothing to learn, so no step, which would move by old momentum alone -> {}"""
     cfg, ranks = agent.cfg, common.world_size()
     clip_high = cfg.clip_high or algorithm(cfg.loss_type).clip_high
     mask_NT = roll.mask_NT & keep_N[:, None]
-    rows, tokens = (common.total(x.sum()).float().clamp(min=1) for x in (keep_N, mask_NT))
+    rows, tokens = (common.total(x.sum()).float() for x in (keep_N, mask_NT))
+    if rows == 0:
+        return {}
     # DDP averages over ranks, so a rank's normalisers are the global ones / ranks
     weights_NT = token_weights(mask_NT, cfg.loss_type, cfg.max_new, rows / ranks, tokens / ranks)
     size = cfg.micro or len(mask_NT)
@@ -303,22 +310,32 @@ def largest(x):
 
 
 def summary(r_BG, adv_BG, roll, texts, eos):
-    """What stage 4 logs of a step's responses, means over all ranks -> metrics."""
+    """What stage 4 logs of a step's responses, means over all ranks -> metrics; no reward where none was judged."""
     ranks, group = common.world_size(), r_BG.shape[1]
     failed_BG = torch.isnan(r_BG)
-    judged = common.total((~failed_BG).sum()).clamp(min=1)
+    reward_sum, judged = (common.total(x.sum()) for x in (r_BG.nan_to_num(), ~failed_BG))
+    std_B = np.nanstd(r_BG[~failed_BG.all(1)].cpu().numpy(), axis=1)  # of the groups that have a judgement
+    std_sum, judged_groups = (common.total(x) for x in (float(std_B.sum()), len(std_B)))
     groups = [texts[k : k + group] for k in range(0, len(texts), group)]
     ended_N = (roll.tokens_NT == eos).any(1)
     means = {
-        "reward_std": torch.from_numpy(np.nanstd(r_BG.cpu().numpy(), axis=1)).mean(),
         "equal_groups": (adv_BG.abs() < 1e-6).all(1).float().mean(),
         "different": torch.tensor(sum(len(set(g)) for g in groups) / len(texts), device=r_BG.device),
         "length": roll.mask_NT.sum(1).float().mean(),
         "truncated": (~ended_N).float().mean(),
     }
-    metrics = {"judge_failed": common.total(failed_BG.sum())}
-    metrics["reward"] = common.total(torch.nan_to_num(r_BG).sum()) / judged
-    return metrics | {k: common.total(v) / ranks for k, v in means.items()}
+    metrics = {"judge_failed": common.total(failed_BG.sum())} | {k: common.total(v) / ranks for k, v in means.items()}
+    if judged > 0:
+        metrics |= {"reward": reward_sum / judged, "reward_std": std_sum / judged_groups}
+    return metrics
+
+
+def give_up(agent, start, step):
+    """The judge has been silent since `step`, and nothing has moved: save that, and raise DataError."""
+    if step > start:
+        agent.save(step)
+    why = f"no response of {SILENT_STEPS} steps in a row got a score that can be used, so nothing can be learnt"
+    raise DataError(f"--judge {agent.cfg.judge}: {why}; mend the judge, and the same command goes on from step {step}")
 
 
 def train(cfg, guard, place):
@@ -332,7 +349,7 @@ def train(cfg, guard, place):
     start = agent.resume()
     objective = common.wrap(agent.model, agent.logp)
     order = index_stream(len(prompts), cfg.seed, start * cfg.batch * place.ranks)
-    log = common.Log(cfg.out, f"stage 4: {cfg.loss_type} {cfg.actions}", start, cfg.steps)
+    log, silent = common.Log(cfg.out, f"stage 4: {cfg.loss_type} {cfg.actions}", start, cfg.steps), 0
     settings = {"group": cfg.group, "temperature": cfg.temperature, "top_k": cfg.top_k, "never": never}
     settings |= {"eos": processor.eos_id, "pad": processor.pad_id}
 
@@ -363,6 +380,10 @@ def train(cfg, guard, place):
         metrics |= summary(r_BG, adv_BG, roll, texts, processor.eos_id) | seconds
         metrics["skipped"] = agent.step_weights.skipped
         log(step + 1, ("reward", "reward_std", "equal_groups", "entropy", "kl", "length"), **metrics)
+        silent = 0 if "reward" in metrics else silent + 1
+        if silent == SILENT_STEPS:
+            log.close()
+            give_up(agent, start, step + 1 - silent)
         if step + 1 == cfg.steps or guard.asked() or (step + 1) % cfg.save_every == 0:
             agent.save(step + 1)
             guard.leave_if_asked()

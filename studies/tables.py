@@ -169,7 +169,7 @@ def training(c, last=20):
     """What stage 4 logged, mean of the last steps; and the reward of the first five."""
 
     def mean(logs, key, steps):
-        return [float(np.mean([step[key] for step in log[steps]])) for log in logs]
+        return [float(np.mean([step[key] for step in log[steps] if key in step])) for log in logs]
 
     rows = {}
     for task in "ab":

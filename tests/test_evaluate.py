@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,20 @@ def test_wrong_runs_are_refused_by_flag_before_anything_is_drawn(runs, world, tm
     with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate.main([*flags, "--prompt", "no"])
     assert not (tmp_path / "x").exists()
+
+
+def test_a_score_that_is_none_is_in_no_mean_of_the_evaluation():
+    """Infinite or negative: counted as failures, and in no dimension's mean either."""
+    bad = {"inf": (math.inf, 1.0), "minus": (-3.0, 1.0)}
+
+    def judge(records, responses):
+        return [{"Look": bad.get(text, (3.0, 2.0))} for text in responses]
+
+    got = evaluate.score(judge, [{}, {}], [["good", "inf"], ["good", "minus"]])
+    assert got["judge_failed"] == 2 and got["ratio"] == 1.5 and got["dimensions"] == {"Look": [3.0, 2.0]}
+
+
+def test_a_step_without_a_reward_is_in_neither_end_of_the_training(tmp_path):
+    rows = [{"step": k, "s_rollout": 1.0, "s_update": 2.0} | ({"reward": k / 10} if k > 1 else {}) for k in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate.training(tmp_path) == {"reward_start": 0.2, "reward_end": 0.5, "s_rollout": 1.0, "s_update": 2.0}

@@ -55,6 +55,7 @@ def test_curves_are_drawn_in_the_colours_of_their_side(tmp_path):
         state.write_text(json.dumps({"config": {"batch": 2, "group": 4}}))
         level = 1.0 if side == "token" else 2.0
         rows = [{"step": s, "reward": level, "entropy": level, "kl": level} for s in (1, 2, 3)]
+        rows[1] = {"step": 2}  # the judge failed throughout
         (tmp_path / side / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     plots.draw_curves({f"GRPO {s}": tmp_path / s for s in ("token", "latent")}, tmp_path / "curves.png")
     assert has_colour(tmp_path / "curves.png", plots.COLOURS["token"])

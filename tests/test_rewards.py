@@ -206,3 +206,21 @@ def test_embedding_judge_with_a_real_model():
     assert first == pytest.approx((10, 10), abs=1e-4)
     assert second[0] < 4 and third[0] == 1
     np.testing.assert_array_equal(R.reward(judge, [record(same)], [same]), [[1]])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1.0, None])
+def test_a_score_that_is_none_is_a_failure(bad):
+    """Wherever it stands; the row beside it keeps its reward."""
+    for entry in ({"a": (bad, 4.0)}, {"a": (8.0, bad)}, {"a": (8.0, 4.0), "b": (bad, 4.0)}):
+        r = R.reward(lambda records, responses: [entry, {"a": (8, 4)}], [record()], ["x", "y"])  # noqa: B023
+        assert np.isnan(r[0, 0]) and r[0, 1] == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_reward_is_finite_or_a_failure():
+    entries = [{}, {"a": (8, 0), "b": (3, 0)}, {"a": (8, 0), "b": (0, 4)}, {"a": (0, 4)}, {"a": (1e300, 4.0)}]
+    r = R.reward(lambda records, responses: entries, [record()], ["v", "w", "x", "y", "z"])
+    assert np.isnan(r[0]).tolist() == [True, True, False, False, True] and r[0, 2:4].tolist() == [2.0, 0.0]
+    assert R.judgements(lambda records, responses: entries[1:3], [record()] * 2, ["w", "x"]) == [None, entries[2]]
+    assert np.isnan(R.judge_ratio(entries[2]))  # a mean of ratios, one of them without a value
