@@ -125,12 +125,17 @@ class Rollout:
     support_NTk: torch.Tensor | None = None  # with top-k: the indices that each action or token was sampled from
 
     def rows(self, part):
-        """The rows `part`, a slice of whole groups, as a Rollout: for updates in micro-batches."""
-        prompts = slice(part.start // self.group, -(-part.stop // self.group))
+        """The rows `part`, a slice of whole groups or inside one group, as a Rollout: for updates in micro-batches."""
+        start, stop = part.start, min(part.stop, len(self.tokens_NT))
+        prompts = slice(start // self.group, -(-stop // self.group))
+        inside = prompts.stop - prompts.start == 1
+        if not inside and (start % self.group or stop % self.group):
+            raise ValueError(f"rows {start} to {stop} cut a group of {self.group} and take others along")
+        group = stop - start if inside else self.group
         names = ("tokens_NT", "mask_NT", "logp_NT", "actions_NT", "e_NTD", "support_NTk")
         cut = {k: None if getattr(self, k) is None else getattr(self, k)[part] for k in names}
         e_BLD = None if self.e_BLD is None else self.e_BLD[prompts]
-        return Rollout(self.prompt.rows(prompts), self.group, e_BLD=e_BLD, **cut)
+        return Rollout(self.prompt.rows(prompts), group, e_BLD=e_BLD, **cut)
 
     def seen_NS(self):
         """bool (N, L + T - 1): the real tokens of prompt and response, the last token of a response left out."""

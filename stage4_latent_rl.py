@@ -178,15 +178,15 @@ class Config:
     out: str = option("runs/rl", "folder of this run")
     steps: int = option(100, "rollouts of batch * group responses, one update each", least=1)
     batch: int = option(8, "prompts a step and rank; paper: on 4 ranks", least=1, paper=1)
-    group: int = option(8, "responses to each prompt", least=1, paper=8)
+    group: int = option(8, "responses to each prompt; each learns from the others", least=2, paper=8)
     lr: float = option(1e-3, "constant learning rate", paper=1e-6)
     clip_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
     beta: float = option(0.01, "weight of the KL to the policy that RL started from", paper=0.01)
     clip_low: float = option(0.2, "the ratio is clipped from below at 1 - clip_low", paper=0.2)
     clip_high: float = option(0.0, "and from above at 1 + clip_high; 0: the algorithm's own, 0.28 for dapo, else 0.2")
     updates: int = option(1, "updates per rollout", least=1, paper=1)
-    micro: int = option(0, "rows per backward pass; 0: all. Changes memory, not the result")
-    temperature: float = option(1.0, "of sampling (actions, or tokens)", paper=1.0)
+    micro: int = option(0, "most rows per backward pass; 0: all. Changes memory, not the result")
+    temperature: float = option(1.0, "of sampling actions, or tokens; 0 would try nothing", least=0.01, paper=1.0)
     top_k: int = option(0, "sample from the k most likely only; 0: all")
     max_prompt: int = option(400, "longest prompt, tokens", least=1, paper=1024)
     max_new: int = option(64, "longest response, tokens", least=1, paper=1024)
@@ -253,6 +253,18 @@ class Agent:
         checkpoint.save(cfg.out, step, tensors, state, self.step_weights.optimizer, keep=cfg.keep)
 
 
+def micro_batches(rows, group, micro):
+    """-> slices of at most `micro` rows (0: all), of whole groups where one fits, else each inside one group: a prompt
+    is read once for all of its rows in a slice."""
+    if not micro:
+        return [slice(0, rows)]
+    if micro >= group:
+        size = micro // group * group
+        return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+    starts = range(0, rows, group)
+    return [slice(i + k, i + min(k + micro, group)) for i in starts for k in range(0, group, micro)]
+
+
 def update(agent, objective, roll, adv_N, keep_N):
     """cfg.updates optimizer steps on one rollout -> metrics. Rows with keep_N False take no part in any mean.
 
@@ -265,13 +277,11 @@ def update(agent, objective, roll, adv_N, keep_N):
         return {}
     # DDP averages over ranks, so a rank's normalisers are the global ones / ranks
     weights_NT = token_weights(mask_NT, cfg.loss_type, cfg.max_new, rows / ranks, tokens / ranks)
-    size = cfg.micro or len(mask_NT)
     logp_old_NT = torch.zeros_like(roll.logp_NT)
     for turn in range(cfg.updates):
         sums = torch.zeros(3, device=mask_NT.device)
-        for i in range(0, len(mask_NT), size):
-            part = slice(i, i + size)
-            some, mask = roll.rows(part) if size < len(mask_NT) else roll, mask_NT[part]
+        for part in micro_batches(len(mask_NT), roll.group, cfg.micro):
+            some, mask = roll.rows(part), mask_NT[part]
             with agent.place.autocast():
                 (logp, H), logp_ref = objective(some), agent.reference_logp(some)
             if turn == 0:  # the ratio is exactly 1; the rollout's own logp comes from other kernels, see logp_gap
@@ -339,8 +349,6 @@ def give_up(agent, start, step):
 
 
 def train(cfg, guard, place):
-    if cfg.micro % cfg.group:
-        raise DataError(f"--micro {cfg.micro}: must be a multiple of --group {cfg.group}")
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
     prompts, judge = Records(cfg.prompts), load_judge(cfg.judge)
     common.check(processor, prompts)

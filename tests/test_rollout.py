@@ -382,3 +382,29 @@ def test_another_model_is_scored_over_what_the_rollout_could_choose_from(
     want = torch.log_softmax(logits.gather(-1, r.support_NTk) / 0.7, -1)
     close(logp, want[..., 0])
     close(H, -(want.exp() * want).sum(-1))
+
+
+# --------------------------------------------------------------------------------------------- rows inside a group
+@pytest.mark.parametrize("part, prompt", [((0, 1), 0), ((1, 2), 0), ((3, 4), 1)])
+def test_rows_inside_a_group_have_their_own_prompt(part, prompt):
+    rows = hand_made_rollout(latent=True).rows(slice(*part))
+    assert rows.group == 1 and rows.prompt.records == ["abc"[prompt]]
+    assert torch.equal(rows.tokens_NT, numbers(6, 3)[slice(*part)])
+    assert torch.equal(rows.e_BLD, numbers(3, 5, 2)[prompt : prompt + 1])
+
+
+@pytest.mark.parametrize("part", [(1, 3), (0, 3), (3, 6)])
+def test_rows_that_cut_a_group_and_take_others_along_are_refused(part):
+    with pytest.raises(ValueError, match="cut a group of 2"):
+        hand_made_rollout(latent=True).rows(slice(*part))
+
+
+@torch.no_grad()
+@BOTH
+def test_rows_inside_a_group_have_the_scores_they_have_in_the_whole(vlm, latent, processor, prompts, never, actions):
+    r = generate(vlm, agent(latent, actions), processor, prompts, draws(9, 5, seed=13), group=3, top_k=4)
+    model = model_of(vlm, latent, actions)
+    whole = sampled_logp(model, r, never=never)
+    for part in (slice(0, 1), slice(1, 3), slice(4, 5), slice(6, 8), slice(8, 9)):
+        for some, all_of_it in zip(sampled_logp(model, r.rows(part), never=never), whole):
+            close(some, all_of_it[part], 1e-5)

@@ -603,3 +603,39 @@ def test_a_judge_that_fails_for_a_row_or_a_group(run_of, trainee, loss_type, bad
     assert [row["reward_std"] for row in rows] == pytest.approx([0.05, 0.1], abs=1e-5)  # of 0 and .1; of .1 alone
     assert [row["equal_groups"] for row in rows] == [0.5, 0.5] and all(row["grad_norm"] > 0 for row in rows)
     assert all(p.isfinite().all() for p in trainee.policy.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- parts of any size
+def test_micro_batches_cut_no_group_that_fits():
+    """Nine rows in groups of three: at most so many rows a part, in order, none twice."""
+
+    def sizes(micro):
+        parts = stage4_latent_rl.micro_batches(9, 3, micro)
+        assert [n for part in parts for n in range(9)[part]] == list(range(9))
+        return [part.stop - part.start for part in parts]
+
+    assert sizes(0) == [9] and sizes(1) == [1] * 9 and sizes(2) == [2, 1] * 3
+    assert sizes(3) == [3] * 3 and sizes(5) == [3] * 3 and sizes(6) == sizes(8) == [6, 3] and sizes(99) == [9]
+
+
+@BOTH
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_parts_of_a_group_give_the_whole_gradient(agent_of, processor, prompts, actions, micro):
+    """Two prompts of different lengths, three responses to each, one of which takes no part."""
+    agent = agent_of(actions, clip_norm=0.0, beta=0.1)
+    roll = generate(agent.vlm, agent.latent, processor, prompts[:2], draws(6, 8), group=3, eos=processor.eos_id)
+    adv, keep = torch.tensor([1.0, -0.5, 0.7, -1.0, 0.3, 2.0]), torch.arange(6) != 1
+    whole = move(agent, roll, adv, keep)
+    agent.cfg.micro = micro
+    parts = move(agent, roll, adv, keep)
+    assert (parts - whole).norm() < 1e-5 * whole.norm() and whole.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("flag, value, least", [("--temperature", "0", "0.01"), ("--group", "1", "2")])
+def test_what_cannot_teach_is_refused(capsys, flag, value, least):
+    """Without a temperature nothing is tried; a response alone has nothing to be compared with."""
+    with pytest.raises(SystemExit):
+        parse_config(Config, "", [flag, value])
+    assert f"argument {flag}: {float(value) if '.' in least else value} is too small, it must be at least {least}" in (
+        capsys.readouterr().err
+    )
