@@ -1,11 +1,8 @@
 """Records on disk -> token batches with images.
 
-A record is a dict {"id", "images": [paths], "messages": [{"role", "content"}]}. Text-only records have no images. A row
-may be {"text": ...} instead, or LLaVA-style {"image", "conversations": [{"from", "value"}]}. `<image>` in a message
-marks an image's place. Other fields ("facts" of the tiny world, "character" of MMRole) are kept for the judge.
-
-Files are JSON Lines or JSON arrays. The order of work:
-    Records            a file, indexed; a row is read and checked when it is asked for
+The order of work:
+    Records            a file, indexed; a row is read and checked when it is asked for (records.py)
+    scan               which rows can be used, read before a run needs them
     Processor.example  a record -> token ids, which of them are to be learnt, pixels
     Processor.collate  examples -> a padded Batch
     batches            Batches forever. Their order depends on (seed, epoch) alone, so that a resumed run and any number
@@ -14,129 +11,17 @@ Files are JSON Lines or JSON arrays. The order of work:
 Letters in names: B rows of a batch, T tokens, S tokens without those of the image."""
 
 import itertools
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-
-class DataError(ValueError):
-    """Bad input; the message names the file, the row and the cure. The scripts print it without a traceback."""
-
-
-# ------------------------------------------------------------------------------------------------------ records
-def normalise(row, where):
-    """One row in any of the forms above -> {"id", "images", "messages" or "text", ...}; raises DataError."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a record must be a JSON object, this is a {type(row).__name__}")
-    record = {k: v for k, v in row.items() if k not in ("image", "conversations")}
-    if "messages" not in row and isinstance(row.get("conversations"), list):
-        record["messages"] = [_llava_message(turn) for turn in row["conversations"]]
-    images = row.get("images") or row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(p, str) for p in images):
-        raise DataError(f"{where}: 'images' must be a list of paths, this is {str(images)[:80]}")
-    record["images"] = images
-    if isinstance(record.get("text"), str) and record["text"].strip() and "messages" not in record:
-        if images:
-            raise DataError(f"{where}: a 'text' row cannot have an image; write it as 'messages'")
-        return record
-    _check_messages(record.get("messages"), where)
-    record["messages"] = _with_image_marks(record["messages"], len(images), where)
-    return record
-
-
-def _llava_message(turn):
-    """A turn of 'conversations' as a message. The role '?' makes _check_messages refuse what is no turn."""
-    if not isinstance(turn, dict):
-        return {"role": "?", "content": turn}
-    who = str(turn.get("from") or turn.get("role"))
-    role = {"human": "user", "gpt": "assistant"}.get(who, who)
-    return {"role": role, "content": turn.get("value", turn.get("content"))}
-
-
-def _check_messages(messages, where):
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: no messages; a record needs 'messages', 'conversations' or 'text'")
-    for m in messages:
-        known = isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
-        if not known or not isinstance(m.get("content"), str):
-            needed = "role system, user or assistant and a string 'content'"
-            raise DataError(f"{where}: a message needs {needed}, this is {str(m)[:80]}")
-
-
-def _with_image_marks(messages, images, where):
-    """The messages with one <image> mark for each image. Without any mark the images come before the first question."""
-    marks = sum(m["content"].count("<image>") for m in messages)
-    if images and not marks:
-        first = next((k for k, m in enumerate(messages) if m["role"] == "user"), None)
-        if first is None:
-            raise DataError(f"{where}: has an image but no user message to put it in")
-        marked = messages[first] | {"content": "<image>" * images + messages[first]["content"]}
-        return [*messages[:first], marked, *messages[first + 1 :]]
-    if marks != images:
-        raise DataError(f"{where}: {marks} <image> marks but {images} images; make them equal")
-    return messages
-
-
-class Records:
-    """A file of records, read row by row when asked: a corpus of any size costs 16 bytes a row, its place and its size.
-
-    sizes: bytes of each row on disk (characters, in a JSON array): what is known of its length without reading it."""
-
-    def __init__(self, path, limit=None):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise DataError(f"{path}: no such file; `python tiny/world.py` writes the default data")
-        if self.path.suffix == ".json":
-            self.rows = self._array()[:limit]
-            self.sizes = np.array([len(str(row)) for row in self.rows])
-        else:
-            self.rows = None
-            bounds = self._line_bounds()
-            self.offsets, self.sizes = bounds[:-1][:limit], np.diff(bounds)[:limit]
-        if not len(self):
-            raise DataError(f"{path}: holds no record")
-
-    def _array(self):
-        try:
-            rows = json.loads(self.path.read_bytes())
-        except ValueError as e:  # bad JSON or bad UTF-8
-            raise DataError(f"{self.path}: not JSON ({e}); JSON Lines files must end in .jsonl") from None
-        if not isinstance(rows, list):
-            raise DataError(f"{self.path}: must hold a JSON array of records")
-        return rows
-
-    def _line_bounds(self):
-        """-> int64: where each line that is not blank begins, and the end of the file."""
-        offset, starts = 0, []
-        with open(self.path, "rb") as f:
-            for line in f:
-                if line.strip():
-                    starts.append(offset)
-                offset += len(line)
-        return np.array([*starts, offset], dtype=np.int64)
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def __getitem__(self, i):
-        where = f"{self.path}, row {i + 1}"
-        record = normalise(self._line(i, where) if self.rows is None else self.rows[i], where)
-        record["images"] = [str(self.path.parent / p) for p in record["images"]]
-        return record | {"where": where}
-
-    def _line(self, i, where):
-        with open(self.path, "rb") as f:
-            f.seek(self.offsets[i])
-            try:
-                return json.loads(f.readline())
-            except ValueError as e:  # bad JSON or bad UTF-8
-                raise DataError(f"{where}: not JSON ({e})") from None
+import pictures
+from records import DataError, refusals
+from records import Records as Records  # `data` is where everybody takes it from
 
 
 # ----------------------------------------------------------------------------------------------------- examples
@@ -192,15 +77,21 @@ class Batch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
+def _name(record):
+    """What a message calls a record: its file and row, if it came from a file."""
+    return record.get("where", record.get("id", "record"))
+
+
 class Processor:
     """Tokenizer + image processor of a checkpoint: records -> Examples -> Batches."""
 
-    def __init__(self, vlm, max_length=512, max_pixels=280 * 420, loss_on="response"):
-        """loss_on: 'response' (the paper's L_inverse, without the release's prompt tokens) or 'all' text."""
+    def __init__(self, vlm, max_length=512, max_pixels=280 * 420, loss_on="response", max_decode=pictures.MAX_DECODE):
+        """max_length: tokens. max_pixels: of an image, as the VLM gets it. max_decode: pixels of its file, at most.
+        loss_on: 'response' (the paper's L_inverse, without the release's prompt tokens) or 'all' text."""
         self.tokenizer = AutoTokenizer.from_pretrained(vlm)
         size = {"shortest_edge": 28 * 28, "longest_edge": max_pixels}
         self.images = AutoImageProcessor.from_pretrained(vlm, size=size)
-        self.max_length, self.loss_on = max_length, loss_on
+        self.max_length, self.max_pixels, self.max_decode, self.loss_on = max_length, max_pixels, max_decode, loss_on
         self.config = AutoConfig.from_pretrained(vlm)
         self.image_id = self.config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
@@ -219,12 +110,22 @@ class Processor:
         pixels: (pixels, grids) where the caller has them already; else the record's images are opened.
 
         Raises DataError if an image does not open, the text holds a control token, or (prompt_only) it is too long."""
-        where = record.get("where", record.get("id", "record"))
+        where = _name(record)
+        pixels, grids = pixels or self._pixels(record["images"], where)
+        image_tokens = [] if grids is None else (grids.prod(-1) // self.images.merge_size**2).tolist()
+        ids, response = self._encode(record, prompt_only, image_tokens, where)
+        return Example(ids, response, pixels, grids, record)
+
+    def check(self, record, prompt_only=False):
+        """Raise what `example` would raise, with no more than the header of each image read."""
+        where = _name(record)
+        self._encode(record, prompt_only, self._image_tokens(record["images"], where), where)
+
+    def _encode(self, record, prompt_only, image_tokens, where):
+        """-> ids (T,) int64, response (T,) bool. image_tokens: how many each image takes."""
         for text in [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]:
             if any(s in text for s in self.special):
                 raise DataError(f"{where}: the text holds a control token of the tokenizer; remove it")
-        pixels, grids = pixels or self._pixels(record["images"], where)
-        image_tokens = [] if grids is None else (grids.prod(-1) // self.images.merge_size**2).tolist()
         ids, response = self._tokens(self._pieces(record, prompt_only, where), image_tokens)
         limit = self.max_length
         if prompt_only and len(ids) > limit:
@@ -243,7 +144,7 @@ class Processor:
                 raise DataError(
                     f"{where}: no answer to learn within {limit} tokens; raise --max-length or drop the record"
                 )
-        return Example(ids, response, pixels, grids, record)
+        return ids, response
 
     def _tokens(self, pieces, image_tokens):
         """[(text, is it a response)], tokens of each image -> ids (T,) int64, response (T,) bool.
@@ -251,6 +152,8 @@ class Processor:
         The chat template writes one image token for an image; the VLM wants as many as it has merged patches."""
         ids, response, counts = [], [], iter(image_tokens)
         for text, learnt in pieces:
+            if len(ids) > self.max_length:  # enough to refuse or to cut; the pieces of n turns cost n * n to render
+                break
             for k, part in enumerate(text.split(self.image_token)):
                 new = [self.image_id] * next(counts) if k else []
                 new += self.tokenizer(part, add_special_tokens=False)["input_ids"]
@@ -259,15 +162,31 @@ class Processor:
         return np.array(ids), np.array(response, dtype=bool)
 
     def _pixels(self, paths, where):
+        """-> (patches, channels) float32 of all images, and their grids (images, 3); None and None without images."""
         if not paths:
             return None, None
-        errors = OSError, SyntaxError, ValueError, Image.DecompressionBombError  # of PIL and the processor
+        self._check_number(paths, where)
         try:
-            images = [Image.open(p).convert("RGB") for p in paths]
+            images = [pictures.load(p, self.max_decode, self.max_pixels) for p in paths]
             out = self.images(images=images, return_tensors="pt")
-        except errors as e:
+        except ValueError as e:  # PictureError, or the processor's about a side 200 times the other
             raise DataError(f"{where}: an image does not open ({e}); fix the path or drop the record") from None
         return out["pixel_values"], out["image_grid_thw"]
+
+    def _image_tokens(self, paths, where):
+        """-> how many tokens each image will take, by the size in its header."""
+        self._check_number(paths, where)
+        try:
+            sizes = [pictures.size(p, self.max_decode, self.max_pixels) for p in paths]
+            patches = [self.images.get_number_of_image_patches(height, width) for width, height in sizes]
+        except ValueError as e:
+            raise DataError(f"{where}: an image does not open ({e}); fix the path or drop the record") from None
+        return [n // self.images.merge_size**2 for n in patches]
+
+    def _check_number(self, paths, where):
+        """Each image takes a token at least. To decode ten thousand of them first would take all memory."""
+        if len(paths) > self.max_length:
+            raise DataError(f"{where}: {len(paths)} images, the limit is {self.max_length} tokens; drop the record")
 
     def _pieces(self, record, prompt_only, where):
         """Yield (text, is it a response), rendered by the checkpoint's own chat template; a response ends with EOS."""
@@ -283,13 +202,15 @@ class Processor:
             raise DataError(f"{where}: no assistant message; there is nothing to learn or to compare with")
         done = 0
         for k in answers:
-            prompt = self._render(messages[:k], True)
+            prompt = self._render(messages[:k], True, where)
             if prompt_only and k == answers[-1]:
                 yield prompt[done:], False
                 return
-            full = self._render(messages[: k + 1], False)
-            assert full.startswith(prompt), "the chat template does not extend its own prefix"
-            end = full.index(self.eos, len(prompt)) + len(self.eos)
+            full = self._render(messages[: k + 1], False, where)
+            end = full.find(self.eos, len(prompt))
+            if end < 0 or not full.startswith(prompt):
+                raise DataError(f"{where}: the chat template does not extend its own prefix; drop the record")
+            end += len(self.eos)
             yield prompt[done:], False
             yield full[len(prompt) : end], True
             done = end
@@ -307,8 +228,11 @@ class Processor:
                 parts.append({"type": "text", "text": piece})
         return parts
 
-    def _render(self, messages, generate):
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    def _render(self, messages, generate, where):
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except jinja2.TemplateError as e:  # many templates refuse two turns of one speaker in a row
+            raise DataError(f"{where}: the chat template refuses this dialogue ({e})") from None
 
     def collate(self, examples, left=False):
         """Examples -> Batch padded to its longest row; `left` for generation."""
@@ -396,3 +320,34 @@ def usable(records, processor, i, refused):
                 raise
             refused.add(str(e))
     raise DataError(f"{records.path}: no row can be used; the first reason: {min(refused)}")
+
+
+# --------------------------------------------------------------------------------------------- before the first step
+@dataclass
+class Scan:
+    """What a look at the rows of a file found. usable: int64 row numbers (from 0). refused: {row number: reason}."""
+
+    path: Path
+    usable: np.ndarray
+    refused: dict
+
+    def __str__(self):
+        """For the console: how many rows are refused, and the first three kinds of reasons. Empty without any."""
+        return refusals(self.path, len(self.usable) + len(self.refused), self.refused.values())
+
+
+def scan(records, processor, prompt_only=False, rows=None, decode=False, strict=False):
+    """Read rows before a run needs them -> Scan. rows: numbers from 0; all by default.
+
+    Each row is read, checked, rendered and tokenised; of its images the header is read. decode: decode them as well,
+    where nothing may stand in for a row later on. strict: raise the first DataError."""
+    usable, refused = [], {}
+    for i in range(len(records)) if rows is None else rows:
+        try:
+            (processor.example if decode else processor.check)(records[i], prompt_only)
+            usable.append(i)
+        except DataError as e:
+            if strict:
+                raise
+            refused[int(i)] = str(e)
+    return Scan(records.path, np.array(usable, dtype=np.int64), refused)

@@ -1,6 +1,7 @@
 """data.py: records, examples, the text view, batches; every error names the file and the row."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, Processor, Records, batches, index_batches, index_stream
+from data import DataError, Processor, Records, batches, index_batches, index_stream, scan
+from records import refusals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,7 +186,10 @@ def test_text_view_leaves_the_image_out_and_lines_up(processor, folder):
         ([1], "row 2: a record must be a JSON object"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "row 2: a message needs role"),
         ({"images": ["a.png"], "messages": say("<image><image>", "x")}, "row 2: 2 <image> marks but 1 images"),
-        ({"images": ["a.png"], "messages": say("?", "x")[1:]}, "row 2: has an image but no user message"),
+        (
+            {"images": ["a.png"], "messages": [{"role": "system", "content": "x"}, *say("?", "x")[1:]]},
+            "row 2: has an image but no user message",
+        ),
         ({"images": ["none.png"], "messages": say("<image>?", "x")}, "row 2: an image does not open"),
         ({"images": ["r.jsonl"], "messages": say("<image>?", "x")}, "row 2: an image does not open"),
         ({"images": ["wide.png"], "messages": say("<image>?", "x")}, "row 2: an image does not open"),
@@ -283,3 +288,229 @@ def test_a_file_of_which_no_row_can_be_used(processor, folder):
     records = Records(write(folder, {"messages": say("no answer")}, {"messages": say("none")}))
     with pytest.raises(DataError, match="r.jsonl: no row can be used; the first reason: .*row 1: no assistant message"):
         next(batches(records, processor, size=1, seed=0, refused=set()))
+
+
+# ------------------------------------------------------------------------------------------- what a row may be
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"text": "a caption", **GOOD}, "has both 'text' and 'messages'; keep the one"),
+        ({"conversations": [{"from": "human", "value": "?"}], **GOOD}, "has both 'messages' and 'conversations'"),
+        ({"image": "a.png", "images": ["b.png"], **GOOD}, "has both 'image' and 'images'"),
+        ({"messages": GOOD["messages"][1:]}, "the assistant speaks first; put the user's"),
+        ({"messages": say("Hi", " ")}, "an answer is empty"),
+        ({"text": "half \ud83d of a smile"}, r"holds \\ud83d, half of a character"),
+        ({"messages": say("Hi", "\udc80")}, r"holds \\udc80, half of a character"),
+        ({"facts": {"\ud800": 1}, **GOOD}, r"holds \\ud800, half of a character"),
+        ({"text": 5}, "'text' must be a string"),
+        ({"text": None}, "no messages; a record needs"),
+        ({"id": {"a": 1}, **GOOD}, "'id' must be a string or a number"),
+        ({"images": False, **GOOD}, "'images' must be a list of paths"),
+        ({"images": "a\0.png", **GOOD}, "an image has no possible path"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "a message needs role"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "a message needs role"),
+        ({"messages": [{"role": "user", "content": None}]}, "a message needs role"),
+        ({"messages": ["Hi"]}, "a message needs role"),
+        ('{"text": "x"', "not JSON"),
+        ('{"text": NaN}', "'text' must be a string"),
+        ('{"id": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"text": "x"} {"text": "y"}', "not JSON"),
+        ('{"a": ' + "[" * 30 + "]" * 30 + ', "text": "x"}', "nested more than 20 levels deep"),
+        ('{"a": ' + "[" * 10**5 + "]" * 10**5 + ', "text": "x"}', "nested too deeply"),
+        ({"text": "x " * 2**19}, "longer than 1048576 bytes; cut it"),
+        ({"images": ["a.png"] * 401, **GOOD}, "401 images, the limit is 400 tokens"),
+    ],
+)
+def test_each_kind_of_bad_row_has_its_reason_before_any_step(processor, folder, row, message):
+    records = Records(write(folder, {"text": "good"}, row, {"text": "good"}))
+    found = scan(records, processor)
+    assert found.usable.tolist() == [0, 2] and list(found.refused) == [1]
+    with pytest.raises(DataError, match=f"r.jsonl, row 2: {message}"):
+        processor.example(records[1])
+
+
+@pytest.mark.parametrize("depth", [*range(880, 1000, 6), 3000])
+def test_nesting_of_any_depth_is_refused_at_any_depth_of_the_caller(folder, depth):
+    nested = '{"a": ' + "[" * depth + "]" * depth + ', "text": "x"}'
+    records = Records(write(folder, nested))
+    with pytest.raises(DataError, match="nested"):
+        records[0]
+    with pytest.raises(DataError, match="nested"):  # one such row makes an array unreadable, or itself
+        Records(write(folder, f"[{nested}]", name="r.json"))[0]
+
+
+def test_fields_that_are_null_or_blank_count_as_absent(processor, folder):
+    empty = {"id": None, "text": None, "conversations": [], "image": "", "images": None}
+    learnt = [processor.example(record(folder, row)).ids.tolist() for row in (GOOD, empty | GOOD)]
+    assert learnt[0] == learnt[1]
+    caption = record(folder, {"text": "caption", "messages": None, "images": []})
+    assert processor.tokenizer.decode(processor.example(caption).ids) == "caption<|im_end|>"
+
+
+def test_other_fields_are_kept_and_those_of_a_message_are_dropped(folder):
+    row = {"id": 7, "facts": [None, 1.5], "messages": [m | {"tool_calls": [1], "name": 5} for m in GOOD["messages"]]}
+    got = record(folder, row)
+    assert got["id"] == 7 and got["facts"] == [None, 1.5] and got["messages"] == GOOD["messages"]
+
+
+def test_a_template_that_refuses_a_dialogue_or_rewrites_it(folder):
+    p = Processor(str(ROOT / "tiny" / "vlm"))
+    r = record(folder, GOOD)
+    p.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses this dialogue \(roles must alternate\)"):
+        p.example(r)
+    for template in ("{{ messages | length }}<|im_end|>", "{% for m in messages %}{{ m['content'] }}{% endfor %}"):
+        p.tokenizer.chat_template = template
+        with pytest.raises(DataError, match="row 1: the chat template does not extend its own prefix"):
+            p.example(r)
+
+
+def test_a_dialogue_of_very_many_turns_costs_no_more_than_its_first_tokens(processor, folder):
+    r = record(folder, {"messages": say(*["a"] * 20000)})
+    rendered = []
+    plain = processor._render
+    processor._render = lambda *args: rendered.append(1) or plain(*args)
+    try:
+        assert len(processor.example(r).ids) == 400 and len(rendered) < 200
+        with pytest.raises(DataError, match=r"row 1: the prompt has \d+ tokens, the limit is 400"):
+            processor.example(r, prompt_only=True)
+    finally:
+        del processor._render
+
+
+# ------------------------------------------------------------------------------------------------ files of records
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
+def test_a_byte_order_mark_and_windows_line_ends(folder, name):
+    rows = ['{"text": "a"}', '{"text": "é"}']
+    text = "\r\n".join(rows) if name == "r.jsonl" else f"[{', '.join(rows)}]\r\n"
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    records = Records(folder / name)
+    assert [records[i]["text"] for i in range(len(records))] == ["a", "é"]
+
+
+def test_files_in_another_encoding_or_torn_at_the_end(processor, folder):
+    whole = '{"text": "a"}\n{"text": "bc"}\n'
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        (folder / "r.jsonl").write_bytes(whole.encode(encoding))
+        assert not len(scan(Records(folder / "r.jsonl"), processor).usable)
+    (folder / "r.jsonl").write_text(whole[:-4])
+    found = scan(Records(folder / "r.jsonl"), processor)
+    assert found.usable.tolist() == [0] and "r.jsonl, row 2: not JSON" in found.refused[1]
+    for content in ("", "\n\n", " \r\n"):
+        (folder / "r.jsonl").write_text(content)
+        with pytest.raises(DataError, match="r.jsonl: holds no record"):
+            Records(folder / "r.jsonl")
+
+
+def test_a_huge_line_is_never_held_whole(folder):
+    with open(folder / "r.jsonl", "wb") as f:
+        f.write(b'{"text": "a"}\n{"text": "')
+        f.truncate(2**26)  # a hole, which takes no place on disk
+    tracemalloc.start()
+    records = Records(folder / "r.jsonl")
+    assert len(records) == 2 and records[0]["text"] == "a"
+    with pytest.raises(DataError, match="row 2: longer than 1048576 bytes"):
+        records[1]
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+
+
+def test_a_file_that_goes_away(folder):
+    records = Records(write(folder, {"text": "a"}))
+    (folder / "r.jsonl").unlink()
+    with pytest.raises(DataError, match="r.jsonl, row 1: cannot be read"):
+        records[0]
+    with pytest.raises(DataError, match="no such file"):
+        Records(folder / ("x" * 5000))
+
+
+# -------------------------------------------------------------------------------------- images outside the folder
+def test_images_outside_the_folder_need_a_word(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    Image.new("RGB", (56, 56)).save(outside / "a.png")
+    (inside / "link.png").symlink_to(outside / "a.png")
+    (inside / "links").symlink_to(outside)
+    for path in (
+        "../out/a.png",
+        str(outside / "a.png"),
+        "link.png",
+        "links/a.png",
+        "../in2/a.png",
+        "x/../../out/a.png",
+    ):
+        file = write(inside, {"images": [path], **GOOD})
+        with pytest.raises(DataError, match="row 1: the image .*a?.png lies outside .* --allow-outside"):
+            Records(file)[0]
+        assert Records(file, allow_outside=True)[0]["images"] == [str(inside / path)]
+    Image.new("RGB", (56, 56)).save(inside / "b.png")
+    (inside / "same.png").symlink_to("b.png")
+    (tmp_path / "data").symlink_to(inside)  # the folder itself may be a link
+    for path in ("b.png", "./b.png", "x/../b.png", "same.png", str(inside / "b.png")):
+        file = write(tmp_path / "data", {"images": [path], **GOOD})
+        assert Records(file)[0]["images"] == [str(tmp_path / "data" / path)]
+
+
+# ------------------------------------------------------------------------------------------------------------ scan
+def test_scan_raises_and_accepts_what_example_does(processor, folder):
+    rows = [
+        {"images": ["a.png"], **GOOD},
+        {"images": ["none.png"], **GOOD},
+        {"messages": say("no answer")},
+        {"messages": say("word " * 500, "x")},
+        {"messages": say("<|im_end|>", "x")},
+        {"text": "plain"},
+    ]
+    records = Records(write(folder, *rows))
+    for prompt_only in (False, True):
+        for i in range(len(records)):
+            raised = []
+            for read in (processor.check, processor.example):
+                try:
+                    read(records[i], prompt_only)
+                    raised.append(None)
+                except DataError as e:
+                    raised.append(str(e))
+            assert raised[0] == raised[1]
+    found = scan(records, processor)
+    assert found.usable.tolist() == [0, 5] and found.usable.dtype == np.int64 and list(found.refused) == [1, 2, 3, 4]
+    assert scan(records, processor, rows=[2, 5]).usable.tolist() == [5]
+    with pytest.raises(DataError, match="row 2: an image does not open"):
+        scan(records, processor, strict=True)
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
+def test_only_the_usable_rows_keep_their_names(processor, folder, name):
+    rows = [{"text": "a"}, {"text": 5}, {"text": "ccc"}, {"text": 6}]
+    path = write(folder, *rows) if name == "r.jsonl" else write(folder, json.dumps(rows), name=name)
+    records = Records(path)
+    some = records.only(scan(records, processor).usable)
+    assert [some[i]["text"] for i in range(len(some))] == ["a", "ccc"] and some[1]["where"] == f"{path}, row 3"
+    assert some.sizes.tolist() == [records.sizes[0], records.sizes[2]] and len(records) == 4
+    again = some.only([1])
+    assert again[0]["text"] == "ccc" and len(again) == 1
+    assert [next(batches(some, processor, 2, 0)).ids_BT.shape[0]] == [2]
+
+
+def test_the_console_says_how_many_rows_and_why(processor, folder):
+    rows = [{"text": "a"}] * 30 + [{"text": 5}] * 4 + [{"id": 1}] + [{"messages": say("x")}] * 3 + ["{"]
+    records = Records(write(folder, *rows))
+    found = scan(records, processor)
+    path = folder / "r.jsonl"
+    assert str(found).splitlines() == [
+        f"{path}: 9 of 39 rows cannot be used",
+        "  row 31: 'text' must be a string, this is 5 (and 3 rows for such a reason)",
+        "  row 35: no messages; a record needs 'messages', 'conversations' or 'text'",
+        "  row 36: no assistant message; there is nothing to learn or to compare with (and 2 rows for such a reason)",
+        "  and 1 other kinds of reasons",
+    ]
+    assert str(scan(records, processor, rows=range(30))) == ""
+    refused = set()
+    stream = batches(records, processor, 13, 0, refused=refused)
+    for _ in range(3):
+        next(stream)
+    assert refusals(path, 39, refused) == str(found)  # as a run sees them, one by one
