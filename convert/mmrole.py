@@ -4,7 +4,8 @@
 
 FOLDER holds the data set as published (dialogues/, profiles/, images/) or the two preprocessed files
 conversations-train-comment.json and conversations-OODtest-comment.json. An image that is not on disk is left out: its
-dialogue becomes a text-only one.
+dialogue becomes a text-only one. The images that are used are put beside the records, in OUT/images (as hard links
+where the disk allows it, else as copies), because a records file may name no image outside its own folder.
 
 The split is the paper's. The in-distribution dialogues are shuffled with seed 42. The first 50% are demonstrations, the
 next 40% prompts for RL, the last 10% the in-distribution test. The out-of-distribution file is the other test. Written:
@@ -22,12 +23,14 @@ before anything is cut into records, write JSON Lines.
 
 import argparse
 import json
+import os
 import random
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import DataError
+from records import DataError, check_values, parse
 
 PROFILE_FIELDS = ("introduction", "personality", "catchphrase", "relationship", "experience")
 
@@ -59,10 +62,7 @@ def _rows_of(files):
 
 
 def _load(path, kind):
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as e:
-        raise DataError(f"{path}: not JSON ({e})") from None
+    value = parse(path.read_bytes(), path)
     if not isinstance(value, kind):
         raise DataError(f"{path}: must hold a JSON {'array of dialogues' if kind is list else 'object'}")
     return value
@@ -72,8 +72,8 @@ def _load(path, kind):
 @dataclass
 class Dialogue:
     name: str
-    image: str  # as the row names it
-    images: list  # the path of the image, if it is on disk
+    image: str  # as the row names it, below the folder of the images
+    source: str  # the path of the image, empty if it is not on disk
     character: str
     profile: str  # cut to fit into a prompt
     turns: list  # (is it the human, text), in turn, the human first
@@ -81,6 +81,7 @@ class Dialogue:
 
 def read_dialogue(row, folder, profiles, profile_bytes):
     """A row of either layout -> Dialogue. DataError says why it is refused."""
+    check_values(row, "the row")
     said = _spoken(row)
     turns = _checked_turns([(who in ("human", "user"), text) for who, text in said])
     names = {who for who, _ in said} - {"human", "user", "assistant"}
@@ -90,11 +91,24 @@ def read_dialogue(row, folder, profiles, profile_bytes):
     profile = row.get("character_profile") or {}
     profile = profile.get(character) if isinstance(profile, dict) else None
     profile = profile or profiles.get(character.replace(" ", "_"))
+    check_values(profile, "the profile")
     if not isinstance(profile, dict) or not short_profile(profile, 400):
         raise DataError("no profile of the character")
-    image = str(row.get("image") or row.get("image_path") or "")
-    images = [str(p.resolve()) for p in (folder / "images" / image, folder / image) if p.is_file()][:1]
-    return Dialogue(str(row.get("id")), image, images, character, short_profile(profile, profile_bytes), turns)
+    image = _image_name(row)
+    found = [p for p in (folder / "images" / image, folder / image) if os.path.isfile(p)]  # False for names too long
+    source = str(found[0]) if found else ""
+    return Dialogue(str(row.get("id")), image, source, character, short_profile(profile, profile_bytes), turns)
+
+
+def _image_name(row):
+    """-> the image of a row, as a path below the folder; empty without one."""
+    name = row.get("image") or row.get("image_path") or ""
+    if not isinstance(name, str):
+        raise DataError("the image is no path")
+    name = os.path.normpath(name) if name else ""
+    if os.path.isabs(name) or name.split(os.sep)[0] == "..":
+        raise DataError("the image lies outside the folder")
+    return name
 
 
 def _spoken(row):
@@ -172,7 +186,7 @@ def usable_dialogues(folder, profile_bytes):
 def whole(dialogue):
     """A Dialogue -> its record for stages 1 to 3: all turns, the profile before the first question."""
     first, *rest = (_message(*turn) for turn in dialogue.turns)
-    first["content"] = "<image>" * len(dialogue.images) + f"{dialogue.profile}\n{first['content']}"
+    first["content"] = "<image>" * bool(dialogue.source) + f"{dialogue.profile}\n{first['content']}"
     return _record(dialogue, dialogue.name, [first, *rest])
 
 
@@ -184,7 +198,7 @@ def answers(dialogue):
         *before, (_, question) = dialogue.turns[:k]
         so_far = "\n".join(f"{'User' if of_user else dialogue.character}: {said}" for of_user, said in before)
         asked = "\n".join(filter(None, [dialogue.profile, so_far, question]))
-        messages = [_message(True, "<image>" * len(dialogue.images) + asked), _message(False, text)]
+        messages = [_message(True, "<image>" * bool(dialogue.source) + asked), _message(False, text)]
         yield _record(dialogue, f"{dialogue.name}-{k}", messages)
 
 
@@ -195,7 +209,22 @@ def _message(human, text):
 def _record(dialogue, name, messages):
     who = dialogue.character
     system = {"role": "system", "content": f"Play the role of {who}."}
-    return {"id": name, "images": dialogue.images, "character": who, "messages": [system, *messages]}
+    images = [f"images/{dialogue.image}"] if dialogue.source else []
+    return {"id": name, "images": images, "character": who, "messages": [system, *messages]}
+
+
+def place_images(dialogues, out):
+    """Link or copy the images of Dialogues into out/images, where their records look for them."""
+    for image, source in {d.image: d.source for d in dialogues if d.source}.items():
+        target = out / "images" / image
+        if target.exists() and os.path.samefile(source, target):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(os.path.realpath(source), target)
+        except OSError:  # another disk, or one without hard links
+            shutil.copyfile(source, target)
 
 
 def convert_mmrole(folder, out, profile_bytes=400):
@@ -212,6 +241,7 @@ def convert_mmrole(folder, out, profile_bytes=400):
     parts = {"task_demos": demos, "task_prompts": prompts, "task_id": test, "task_ood": usable["ood"]}
     files |= {name: [record for d in part for record in answers(d)] for name, part in parts.items()}
     out.mkdir(parents=True, exist_ok=True)
+    place_images(usable["id"] + usable["ood"], out)
     counts = {"refused": refused}
     for name, records in files.items():
         lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]

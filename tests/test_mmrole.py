@@ -119,7 +119,7 @@ def test_records_by_hand(tmp_path):
     for r in whole:
         k = r["id"].removeprefix("Ann-")
         mark = "<image>" if int(k) % 2 else ""
-        assert r["images"] == [str(tmp_path / "0.png")] * len(mark[:1])
+        assert r["images"] == ["images/0.png"] * len(mark[:1])
         asked = say(f"{mark}{profile}What is it, {k}?", f"First {k}.", "And then?", f"Second {k}.")
         assert r["messages"] == [{"role": "system", "content": "Play the role of Ann."}, *asked]
 
@@ -147,12 +147,48 @@ def refusals(folder, *rows):
         ({"conversations": say("a", "b") + say("c", "d")[1:]}, "two turns of one speaker in a row"),
         ({"character_profile": {}}, "no profile of the character"),
         ({"id": "again"}, "the same dialogue twice"),
+        ({"image_path": ["0.png"]}, "the image is no path"),
+        ({"image_path": "../0.png"}, "the image lies outside the folder"),
+        ({"image_path": "/etc/passwd"}, "the image lies outside the folder"),
+        (
+            {"conversations": say("half \ud83d of a smile", "b")},
+            "the row: holds \\ud83d, half of a character (a lone surrogate); repair the text",
+        ),
+        ({"x": json.loads("[" * 30 + "]" * 30)}, "the row: nested more than 20 levels deep; make it flat"),
     ],
 )
 def test_each_dialogue_is_used_or_refused_with_a_reason(tmp_path, change, reason):
     ready_mmrole(tmp_path)
     row = json.loads((tmp_path / "conversations-train-comment.json").read_text())[3]
     assert refusals(tmp_path, row | change) == {f"id: {reason}": 1}
+
+
+def test_an_image_name_that_no_disk_can_have_is_an_image_that_is_not_there(tmp_path):
+    ready_mmrole(tmp_path)
+    path = tmp_path / "conversations-train-comment.json"
+    rows = json.loads(path.read_text())
+    names = ["x" * 5000, "x/" * 3000, "a\0b", "0.png/below", ""]
+    new = [row | {"image_path": name} for row, name in zip(rows[1::2], names)]
+    path.write_text(json.dumps(rows[::2] + new + rows[11::2]))
+    counts = convert_mmrole(tmp_path, tmp_path / "out")
+    used = counts["paired"]["records"] + counts["text"]["records"] + counts["task_id"]["records"] // 2
+    assert used == 20 and counts["refused"] == {"id: no answer": 1}
+    rows = [r for p in (tmp_path / "out").glob("*.jsonl") for r in map(json.loads, p.read_text().splitlines())]
+    assert {r["id"].split("-")[1] for r in rows if r["images"]} <= {"11", "13", "15", "17", "19"}
+
+
+def test_images_are_put_beside_the_records(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    raw_mmrole(tmp_path / "in")
+    for out in ("linked", "copied", "in"):
+        if out == "copied":  # as on a disk that has no hard links
+            monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        for _ in range(2):  # the second time they are there already
+            convert_mmrole(tmp_path / "in", tmp_path / out)
+        records = Records(tmp_path / out / "paired.jsonl")
+        (image,) = records[0]["images"]
+        assert image == str(tmp_path / out / "images/Set/0.png") and Image.open(image).size == (56, 56)
+        assert os.stat(image).st_nlink == (1 if out == "copied" else 2)
 
 
 def test_a_row_that_is_no_object_is_refused(tmp_path):
