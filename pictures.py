@@ -2,7 +2,7 @@
 
 The rules, in the order in which they are applied (docs/data.md has them in words):
     it is a regular file, in one of FORMATS, of at most `max_decode` pixels; else PictureError, before decoding
-    a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size; another large picture is reduced after decoding
+    a large picture is brought near the size that the VLM needs, a JPEG already while it is decoded
     of an animation the first frame counts
     16-bit grey is divided by 257, its full range; 32-bit pixels have no known range and are refused
     what is transparent is put on white; palettes, CMYK and so on become RGB
@@ -46,7 +46,7 @@ def load(path, max_decode, max_pixels):
     ValueError, RuntimeError (AVIF), NotImplementedError (DDS), struct.error, IndexError, MemoryError."""
     with _opened(path, max_decode) as picture:
         try:
-            return _prepared(picture, shrink_factor(picture.size, max_pixels))
+            return _prepared(picture, near_size(picture.size, max_pixels))
         except Exception as e:
             raise PictureError(f"{path}: {_words(e)}") from None
 
@@ -54,20 +54,19 @@ def load(path, max_decode, max_pixels):
 def size(path, max_decode, max_pixels):
     """-> (width, height) of what `load` gives, before it is turned upright. Reads the header; nothing is decoded."""
     with _opened(path, max_decode) as picture:
-        times = shrink_factor(picture.size, max_pixels)
-        return tuple(-(-side // times) for side in picture.size)
+        return near_size(picture.size, max_pixels)
 
 
-def shrink_factor(size, max_pixels):
-    """-> 1, 2, 4 or 8: by how much both sides of a picture may be divided.
+def near_size(size, max_pixels):
+    """(width, height) of a file's picture -> the size that it is brought to before the processor resizes it.
 
-    At least 4 pixels are left for each one that the processor makes (2 along each side), so that its bicubic
-    resampling still averages over real detail."""
+    A large picture keeps 4 pixels for each one that the processor makes (2 along each side), so that its bicubic
+    resampling still averages over detail. What would not become half as wide by that is left as it is."""
     width, height = size
     if width * height <= LARGE:
-        return 1
-    room = min((width * height / (4 * max_pixels)) ** 0.5, min(size) / SHORTEST)
-    return next((times for times in (8, 4, 2) if times <= room), 1)
+        return size
+    scale = max((4 * max_pixels / (width * height)) ** 0.5, SHORTEST / min(size))
+    return (round(width * scale), round(height * scale)) if scale <= 0.5 else size
 
 
 def _opened(path, max_decode):
@@ -98,15 +97,15 @@ def _words(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _prepared(picture, times):
-    drafted = None
-    if times > 1 and picture.format in ("JPEG", "MPO"):
-        drafted = picture.draft(None, tuple(side // times for side in picture.size))
+def _prepared(picture, size):
+    shrinks = size != picture.size
+    # where the picture lies in what a JPEG decoder makes at 1/2, 1/4 or 1/8 of its size; the last pixels may jut out
+    drafted = picture.draft(None, size) if shrinks else None
     picture.load()
     turn = TURNS.get(_orientation(picture))
     out = _with_8_bits(picture)
-    if times > 1 and not drafted:
-        out = out.reduce(times)
+    if shrinks:
+        out = out.resize(size, Image.Resampling.BICUBIC, box=drafted and drafted[1], reducing_gap=2.0)
     if out.mode == "RGBA":
         out = Image.alpha_composite(Image.new("RGBA", out.size, "white"), out)
     if out.mode != "RGB":
@@ -115,16 +114,15 @@ def _prepared(picture, times):
 
 
 def _with_8_bits(picture):
-    """-> a picture of mode L, RGB or RGBA: the modes that can be reduced without a loss."""
+    """-> a picture of mode L, RGB or RGBA: the modes that can be resized."""
     # PPM's 16 bits come as mode I, scaled to 65535 by Pillow
     if picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM"):
-        values = np.asarray(picture).astype(np.float32) / 257
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        values = np.asarray(picture).clip(0, 65407).astype(np.uint16)  # the last 128 round down to 255 as well
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # + 128: to the nearest
     if picture.mode in ("I", "F"):
         raise PictureError("32-bit pixels have no known range; convert it to 8 bits a channel")
-    if picture.has_transparency_data:
-        return picture.convert("RGBA")
-    return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+    wanted = ("RGBA",) if picture.has_transparency_data else ("L", "RGB")
+    return picture if picture.mode in wanted else picture.convert(wanted[-1])
 
 
 def _orientation(picture):

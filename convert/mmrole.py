@@ -94,6 +94,8 @@ def read_dialogue(row, folder, profiles, profile_bytes):
     check_values(profile, "the profile")
     if not isinstance(profile, dict) or not short_profile(profile, 400):
         raise DataError("no profile of the character")
+    if "<image>" in character + short_profile(profile, profile_bytes):  # would mark an image that is not there
+        raise DataError("an <image> mark in the name or profile")
     image = _image_name(row)
     found = [p for p in (folder / "images" / image, folder / image) if os.path.isfile(p)]  # False for names too long
     source = str(found[0]) if found else ""

@@ -148,6 +148,7 @@ def refusals(folder, *rows):
         ({"character_profile": {}}, "no profile of the character"),
         ({"id": "again"}, "the same dialogue twice"),
         ({"image_path": ["0.png"]}, "the image is no path"),
+        ({"character_profile": {"Ann": {"introduction": "<image>"}}}, "an <image> mark in the name or profile"),
         ({"image_path": "../0.png"}, "the image lies outside the folder"),
         ({"image_path": "/etc/passwd"}, "the image lies outside the folder"),
         (
