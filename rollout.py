@@ -10,7 +10,7 @@ said so far.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -137,9 +137,28 @@ class Rollout:
         e_BLD = None if self.e_BLD is None else self.e_BLD[prompts]
         return Rollout(self.prompt.rows(prompts), group, e_BLD=e_BLD, **cut)
 
+    def put(self, rows, other, pad):
+        """This rollout with other responses in the rows `rows` (a list), those of `other`, to the same prompts."""
+        length = max(self.tokens_NT.shape[1], other.tokens_NT.shape[1])
+        changed = {}
+        for name in ("tokens_NT", "mask_NT", "logp_NT", "actions_NT", "e_NTD", "support_NTk"):
+            old, new = getattr(self, name), getattr(other, name)
+            if old is not None:
+                value = pad if name == "tokens_NT" else 0
+                changed[name] = filled(old, length, value).index_copy(
+                    0, torch.tensor(rows, device=old.device), filled(new, length, value)
+                )
+        return replace(self, **changed)
+
     def seen_NS(self):
         """bool (N, L + T - 1): the real tokens of prompt and response, the last token of a response left out."""
         return torch.cat((self.prompt.mask_BT.repeat_interleave(self.group, 0), self.mask_NT[:, :-1]), 1)
+
+
+def filled(x_NT, length, value):
+    """x (N, T, ...) -> (N, length, ...), with `value` behind."""
+    N, T, *rest = x_NT.shape
+    return torch.cat((x_NT, x_NT.new_full((N, length - T, *rest), value)), 1)
 
 
 class Said:

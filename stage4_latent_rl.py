@@ -20,9 +20,10 @@ give slightly other numbers in bfloat16. So with one update the ratio is exactly
 Departures. Log-probabilities are those of the very distribution that was sampled: with --top-k, policy and reference
 are both renormalised over the codes or tokens that could be chosen then (the release samples the top 32 codes and
 scores all 128). Each algorithm keeps its own advantage and normaliser (the release divides all of them by the
-standard deviation). Left-out groups are not re-drawn (DAPO's dynamic sampling), so that every algorithm has the
-same number of rollouts; DAPO's overlong penalty is not used, and its KL term is kept (--beta 0 removes it). A judge's
-failure is left out of its group's statistics and counted, never a mean.
+standard deviation). DAPO's dynamic sampling is off by default, so that every algorithm has the same number of
+rollouts; --resample N draws groups with equal rewards again, at most N times and for the same prompts (DAPO goes on to
+other prompts until the batch is full). DAPO's overlong penalty is not used, and its KL term is kept (--beta 0 removes
+it). A judge's failure is left out of its group's statistics and counted, never a mean.
 
     python stage4_latent_rl.py --init runs/stage3 --out runs/rl
     python stage4_latent_rl.py --actions token --init runs/sft --out runs/rl_token
@@ -35,16 +36,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import checkpoint
 import common
+from answers import Answers, equal_groups, summary
 from common import DTYPES, option
 from data import DataError, Processor, Records, index_stream
-from rewards import load_judge, reward
-from rollout import decode, rollout, sampled_logp, uniforms
+from rewards import load_judge
+from rollout import sampled_logp
 
 
 # ------------------------------------------------------------------------------------------- the algorithms' maths
@@ -184,6 +185,7 @@ class Config:
     beta: float = option(0.01, "weight of the KL to the policy that RL started from", paper=0.01)
     clip_low: float = option(0.2, "the ratio is clipped from below at 1 - clip_low", paper=0.2)
     clip_high: float = option(0.0, "and from above at 1 + clip_high; 0: the algorithm's own, 0.28 for dapo, else 0.2")
+    resample: int = option(0, "extra draws, at most, for the groups whose rewards are all equal; 0: none")
     updates: int = option(1, "updates per rollout", least=1, paper=1)
     micro: int = option(0, "most rows per backward pass; 0: all. Changes memory, not the result")
     temperature: float = option(1.0, "of sampling actions, or tokens; 0 would try nothing", least=0.01, paper=1.0)
@@ -319,27 +321,6 @@ def largest(x):
     return common.total(places).max()
 
 
-def summary(r_BG, adv_BG, roll, texts, eos):
-    """What stage 4 logs of a step's responses, means over all ranks -> metrics; no reward where none was judged."""
-    ranks, group = common.world_size(), r_BG.shape[1]
-    failed_BG = torch.isnan(r_BG)
-    reward_sum, judged = (common.total(x.sum()) for x in (r_BG.nan_to_num(), ~failed_BG))
-    std_B = np.nanstd(r_BG[~failed_BG.all(1)].cpu().numpy(), axis=1)  # of the groups that have a judgement
-    std_sum, judged_groups = (common.total(x) for x in (float(std_B.sum()), len(std_B)))
-    groups = [texts[k : k + group] for k in range(0, len(texts), group)]
-    ended_N = (roll.tokens_NT == eos).any(1)
-    means = {
-        "equal_groups": (adv_BG.abs() < 1e-6).all(1).float().mean(),
-        "different": torch.tensor(sum(len(set(g)) for g in groups) / len(texts), device=r_BG.device),
-        "length": roll.mask_NT.sum(1).float().mean(),
-        "truncated": (~ended_N).float().mean(),
-    }
-    metrics = {"judge_failed": common.total(failed_BG.sum())} | {k: common.total(v) / ranks for k, v in means.items()}
-    if judged > 0:
-        metrics |= {"reward": reward_sum / judged, "reward_std": std_sum / judged_groups}
-    return metrics
-
-
 def give_up(agent, start, step):
     """The judge has been silent since `step`, and nothing has moved: save that, and raise DataError."""
     if step > start:
@@ -357,36 +338,22 @@ def train(cfg, guard, place):
     start = agent.resume()
     objective = common.wrap(agent.model, agent.logp)
     order = index_stream(len(prompts), cfg.seed, start * cfg.batch * place.ranks)
+    answers = Answers(agent, processor, prompts, judge, lambda r_BG: group_advantages(r_BG, cfg.loss_type))
     log, silent = common.Log(cfg.out, f"stage 4: {cfg.loss_type} {cfg.actions}", start, cfg.steps), 0
-    settings = {"group": cfg.group, "temperature": cfg.temperature, "top_k": cfg.top_k, "never": never}
-    settings |= {"eos": processor.eos_id, "pad": processor.pad_id}
 
     for step in range(start, cfg.steps):
-        began = time.perf_counter()
         rows = [int(next(order)) for _ in range(cfg.batch * place.ranks)][place.rank :: place.ranks]
-        records = [prompts[i] for i in rows]
-        prompt = processor.collate([processor.example(r, prompt_only=True) for r in records], left=True).to(
-            place.device
-        )
-        u_NT = uniforms(cfg.seed, [(step, i, g) for i in rows for g in range(cfg.group)], cfg.max_new).to(place.device)
-        with place.autocast():
-            roll = rollout(agent.vlm, agent.latent, prompt, u_NT, **settings)
-        texts = decode(processor.tokenizer, roll, processor.eos_id)
-        rolled = time.perf_counter()
-
-        r_BG = torch.from_numpy(reward(judge, records, texts)).to(place.device)
-        judged = time.perf_counter()
-
-        adv_BG = group_advantages(r_BG, cfg.loss_type)
-        equal_B = (adv_BG.abs() < 1e-6).all(1)
-        keep_BG = ~torch.isnan(r_BG) & (~equal_B[:, None] | algorithm(cfg.loss_type).equal_groups)
+        roll, texts, r_BG, adv_BG, resampled = answers.collect(step, rows)
+        began = time.perf_counter()
+        equal_B1 = equal_groups(adv_BG)[:, None]
+        keep_BG = ~torch.isnan(r_BG) & (~equal_B1 | algorithm(cfg.loss_type).equal_groups)
         metrics = update(agent, objective, roll, adv_BG.flatten(), keep_BG.flatten())
         if place.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = {"s_rollout": rolled - began, "s_judge": judged - rolled, "s_update": time.perf_counter() - judged}
+        seconds = answers.seconds | {"s_update": time.perf_counter() - began}
 
         metrics |= summary(r_BG, adv_BG, roll, texts, processor.eos_id) | seconds
-        metrics["skipped"] = agent.step_weights.skipped
+        metrics |= {"skipped": agent.step_weights.skipped, "resampled": common.total(resampled)}
         log(step + 1, ("reward", "reward_std", "equal_groups", "entropy", "kl", "length"), **metrics)
         silent = 0 if "reward" in metrics else silent + 1
         if silent == SILENT_STEPS:

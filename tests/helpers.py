@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import checkpoint
 import common
 from data import Batch, Example
 from rollout import rollout, uniforms
 from tiny.world import chat, draw_scene, random_question, random_scene
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = common.Place(torch.device("cpu"), torch.float32, 0, 1)  # one process in float32
 TINY = str(ROOT / "tiny" / "vlm")
 CODES = 16
 LAYERS = 6  # blocks of the tiny VLM
@@ -129,7 +131,7 @@ def names_of(latent, *parts):
 
 # -------------------------------------------------------------------------------------- runs of the scripts
 def weights(folder):
-    return load_file(common.latest(folder) / "weights.safetensors")
+    return load_file(checkpoint.latest(folder) / "weights.safetensors")
 
 
 def same_weights(a, b):
@@ -141,11 +143,11 @@ def same_weights(a, b):
 def louder(run, out):
     """Save a finished run of stage 3 once more, as `out`, with a world model that listens to its codes. After two
     steps of training it does not yet: all responses to a prompt would be the same, and RL would have no gradient."""
-    g, tensors, state = torch.Generator().manual_seed(7), weights(run), common.read_state(run)
+    g, tensors, state = torch.Generator().manual_seed(7), weights(run), checkpoint.read_state(run)
     for name, x in tensors.items():
         if name.startswith("world.merges") and name.endswith("w3.weight"):
             x += 0.3 * torch.randn(x.shape, generator=g)
-    common.save(out, state["step"], tensors, state)
+    checkpoint.save(out, state["step"], tensors, state)
 
 
 def letters(records, responses):
@@ -168,7 +170,7 @@ def torchrun(argv, ranks=2):
 
 def cut_off(monkeypatch, main, argv, after):
     """Run, and be cut off right after the checkpoint of step `after`."""
-    real = common.save
+    real = checkpoint.save
 
     def save(out, step, *rest, **kw):
         real(out, step, *rest, **kw)
@@ -176,7 +178,7 @@ def cut_off(monkeypatch, main, argv, after):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(common, "save", save)
+        m.setattr(checkpoint, "save", save)
         try:
             main(argv)
         except KeyboardInterrupt:

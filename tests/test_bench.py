@@ -146,8 +146,8 @@ def test_every_rollout_is_sampled_from_the_updated_weights(monkeypatch, actions,
 def test_the_benchmarks_agent_trains_what_stage_4_trains(b):
     """The policy's parameters alone; the reference is a frozen copy."""
     agent = RandomAgent(b, "latent")
-    assert {id(p) for p in agent.params} == {id(p) for p in b.latent.policy.parameters()}
-    assert [p.requires_grad for p in b.latent.parameters()].count(True) == len(agent.params)
+    assert {id(p) for p in agent.step_weights.params} == {id(p) for p in b.latent.policy.parameters()}
+    assert [p.requires_grad for p in b.latent.parameters()].count(True) == len(agent.step_weights.params)
     assert not any(p.requires_grad for p in agent.reference.parameters())
     assert "token_vlm" not in vars(b)  # not built, so that the latent side's memory is its own
 

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 
 import pytest
 import torch
-from helpers import TINY, shell, weights
+from helpers import CPU, TINY, shell, weights
 
+import checkpoint
 import common
 import stage1_projector
 import stage2_codebook
@@ -198,24 +199,24 @@ STATE = {"stage": "stage2_codebook", "finished": True, "config": {"vlm": TINY, "
 
 
 def test_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
-    common.save(tmp_path, 1, {"w": torch.ones(2)}, STATE)
+    checkpoint.save(tmp_path, 1, {"w": torch.ones(2)}, STATE)
 
     def broken(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(common, "save_file", broken)
     with pytest.raises(OSError):
-        common.save(tmp_path, 2, {"w": torch.zeros(2)}, STATE)
-    assert common.latest(tmp_path).name == "ckpt-000001" and torch.equal(weights(tmp_path)["w"], torch.ones(2))
+        checkpoint.save(tmp_path, 2, {"w": torch.zeros(2)}, STATE)
+    assert checkpoint.latest(tmp_path).name == "ckpt-000001" and torch.equal(weights(tmp_path)["w"], torch.ones(2))
 
 
 def test_the_last_checkpoint_replaces_the_one_before(tmp_path):
     for step in (1, 2):
-        common.save(tmp_path, step, {"w": torch.full((2,), float(step))}, STATE)
+        checkpoint.save(tmp_path, step, {"w": torch.full((2,), float(step))}, STATE)
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt-000002"]
-    tensors, state = common.load(tmp_path, "--init", ["stage2_codebook"], TINY)
+    tensors, state = checkpoint.load(tmp_path, "--init", ["stage2_codebook"], TINY)
     assert tensors["w"].tolist() == [2.0, 2.0] and state == STATE | {"step": 2}
-    assert common.latest(tmp_path / "nowhere") is None
+    assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize(
@@ -227,36 +228,36 @@ def test_the_last_checkpoint_replaces_the_one_before(tmp_path):
     ],
 )
 def test_a_run_that_does_not_fit_is_refused(tmp_path, change, message):
-    common.save(tmp_path, 7, {}, STATE | change)
+    checkpoint.save(tmp_path, 7, {}, STATE | change)
     with pytest.raises(DataError, match=message):
-        common.load(tmp_path, "--init", ["stage2_codebook"], TINY)
+        checkpoint.load(tmp_path, "--init", ["stage2_codebook"], TINY)
 
 
 def test_a_missing_run_is_named_with_the_cure(tmp_path):
     with pytest.raises(DataError, match=r"--init .*nowhere: no checkpoint there; run stage2_codebook.py --out"):
-        common.load(tmp_path / "nowhere", "--init", ["stage2_codebook"], TINY)
+        checkpoint.load(tmp_path / "nowhere", "--init", ["stage2_codebook"], TINY)
     with pytest.raises(DataError, match=r"--init \(not given\)"):
-        common.load("", "--init", ["stage2_codebook"], TINY)
+        checkpoint.load("", "--init", ["stage2_codebook"], TINY)
 
 
 def test_resume_goes_on_only_with_the_same_run(tmp_path):
-    assert common.resume(tmp_path, "stage2_codebook", {"batch": 3}) is None
+    assert checkpoint.resume(tmp_path, "stage2_codebook", {"batch": 3}) is None
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([p], lr=0.5)
-    common.save(tmp_path, 7, {"w": p}, STATE | {"finished": False}, optimizer)
-    tensors, state, extra = common.resume(tmp_path, "stage2_codebook", {"vlm": TINY, "batch": 3})
+    checkpoint.save(tmp_path, 7, {"w": p}, STATE | {"finished": False}, optimizer)
+    tensors, state, extra = checkpoint.resume(tmp_path, "stage2_codebook", {"vlm": TINY, "batch": 3})
     assert tensors["w"].tolist() == [1.0, 1.0] and state["step"] == 7
     assert extra["optimizer"]["param_groups"][0]["lr"] == 0.5 and torch.equal(extra["rng"], torch.get_rng_state())
     with pytest.raises(DataError, match=r"holds a run with another --batch \(3\)"):
-        common.resume(tmp_path, "stage2_codebook", {"vlm": TINY, "batch": 4})
+        checkpoint.resume(tmp_path, "stage2_codebook", {"vlm": TINY, "batch": 4})
     with pytest.raises(DataError, match="holds a run of stage2_codebook"):
-        common.resume(tmp_path, "stage3_bc", {"vlm": TINY, "batch": 3})
+        checkpoint.resume(tmp_path, "stage3_bc", {"vlm": TINY, "batch": 3})
 
 
 def test_an_agent_acts_as_it_was_trained(tmp_path):
-    common.save(tmp_path, 7, {}, STATE | {"stage": "stage3_bc", "config": {"vlm": TINY, "actions": "token"}})
+    checkpoint.save(tmp_path, 7, {}, STATE | {"stage": "stage3_bc", "config": {"vlm": TINY, "actions": "token"}})
     with pytest.raises(DataError, match="--actions token, not latent"):
-        common.load_agent(tmp_path, "latent", TINY, torch.device("cpu"))
+        common.load_agent(tmp_path, "latent", TINY, CPU)
 
 
 # ---------------------------------------------------------------------------------------------------- the log

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
+import checkpoint
 import evaluate
 from data import DataError
 from model import LatentModel
@@ -155,7 +155,7 @@ def runs(tmp_path_factory):
         if stage != "stage4_latent_rl":
             config = {"vlm": TINY, "actions": actions}
         state = {"stage": stage, "finished": True, "config": config, "arch": arch, "val": val}
-        common.save(out / name, 2, tensors, state)
+        checkpoint.save(out / name, 2, tensors, state)
         if stage == "stage4_latent_rl":
             row = {"reward": 1.0, "entropy": 0.5, "kl": 0.1, "s_rollout": 0.2, "s_update": 0.1}
             lines = [json.dumps({"step": step} | row) for step in (1, 2)]

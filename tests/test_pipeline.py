@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TINY, cut_off, louder, same_weights, torchrun, weights
 
+import checkpoint
 import common
 import evaluate
 import stage1_projector
@@ -57,7 +58,7 @@ def runs(flags, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ from end to end
 def test_all_stages_leave_a_finished_run_and_a_log_of_every_step(runs):
     for name, steps in (("1", 2), ("2", 4), ("3", 4), ("sft", 2), ("4", 2), ("4t", 2)):
-        state = common.read_state(runs / name)
+        state = checkpoint.read_state(runs / name)
         assert state["finished"] and state["step"] == steps
         assert [r["step"] for r in common.read_metrics(runs / name)] == list(range(1, steps + 1))
 
@@ -100,7 +101,7 @@ def assert_goes_on(monkeypatch, main, argv, out, after):
     for step in after:
         cut = [*argv, "--out", f"{out}/cut-{step}"]
         cut_off(monkeypatch, main, cut, step)
-        assert not common.read_state(out / f"cut-{step}")["finished"]
+        assert not checkpoint.read_state(out / f"cut-{step}")["finished"]
         main(cut)
         assert same_weights(out / "whole", out / f"cut-{step}"), step
 
@@ -196,7 +197,7 @@ def test_an_ablated_codebook_is_cloned_alike(flags, runs, tmp_path, read, ablati
     clone = ["--init", f"{tmp_path}/book", "--steps-clone", "2", "--steps-adapt", "0"]
     stage3_bc.main([*flags.clone, *clone, "--out", f"{tmp_path}/clone"])
     assert read == want
-    state = common.read_state(tmp_path / "clone")
+    state = checkpoint.read_state(tmp_path / "clone")
     assert state["finished"] and state["step"] == 2
     assert state["arch"]["project"] == ("projector" not in ablation)
 
@@ -209,7 +210,7 @@ def test_tasks_share_a_clone(flags, runs, tmp_path, read):
     adapt = ["--init", f"{tmp_path}/clone", "--steps-adapt", "2", "--out", f"{tmp_path}/adapted"]
     stage3_bc.main([*flags.clone, *adapt])
     assert read == [("task_demos", 12)]
-    state = common.read_state(tmp_path / "adapted")
+    state = checkpoint.read_state(tmp_path / "adapted")
     assert state["finished"] and state["step"] == 2
     assert same_weights(tmp_path / "adapted", runs / "3")
     before, after = weights(tmp_path / "clone"), weights(tmp_path / "adapted")
@@ -300,7 +301,7 @@ def two_ranks(flags, runs, tmp_path_factory):
 def momentum(folder):
     """AdamW's mean gradient at the end of a run. The weights themselves say little: AdamW's steps have the same size
     whatever the gradient's."""
-    saved = torch.load(common.latest(folder) / "optimizer.pt", weights_only=True)
+    saved = torch.load(checkpoint.latest(folder) / "optimizer.pt", weights_only=True)
     return torch.cat([s["exp_avg"].flatten() for s in saved["optimizer"]["state"].values()])
 
 
@@ -334,6 +335,6 @@ def test_two_ranks_equal_one(flags, runs, two_ranks, tmp_path, name):
 def test_all_phases_run_on_two_ranks(two_ranks):
     """Where the noise is each rank's own, nothing can be compared; but the whole run must end."""
     for name, steps in (("book", 3), ("adapted", 2)):
-        state = common.read_state(two_ranks / name)
+        state = checkpoint.read_state(two_ranks / name)
         assert state["finished"] and state["step"] == steps
         assert len(common.read_metrics(two_ranks / name)) == steps

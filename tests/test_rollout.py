@@ -408,3 +408,25 @@ def test_rows_inside_a_group_have_the_scores_they_have_in_the_whole(vlm, latent,
     for part in (slice(0, 1), slice(1, 3), slice(4, 5), slice(6, 8), slice(8, 9)):
         for some, all_of_it in zip(sampled_logp(model, r.rows(part), never=never), whole):
             close(some, all_of_it[part], 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- rows drawn again
+@torch.no_grad()
+@BOTH
+@pytest.mark.parametrize("first, second", [(7, 4), (4, 7)])
+def test_rows_that_were_drawn_again_keep_their_scores(vlm, latent, processor, prompts, never, actions, first, second):
+    """Two of three prompts are answered once more, in responses of another length and beside other padding."""
+    settings = {"group": 2, "top_k": 4, "temperature": 2.0}
+    old = generate(vlm, agent(latent, actions), processor, prompts, draws(6, first), **settings)
+    old.mask_NT[3, 2:] = False
+    new = generate(vlm, agent(latent, actions), processor, prompts[::2], draws(4, second, seed=1), **settings)
+    both = old.put([0, 1, 4, 5], new, processor.pad_id)
+    assert both.tokens_NT.shape == (6, 7) and both.mask_NT.sum(1).tolist() == [second] * 2 + [first, 2] + [second] * 2
+    assert (both.tokens_NT[:, min(first, second) :] == processor.pad_id).any() and both.prompt is old.prompt
+    logp, H = sampled_logp(model_of(vlm, latent, actions), both, 2.0, never)
+    for places, roll in (([0, 1, 4, 5], new), ([2, 3], old)):
+        rows = slice(None) if roll is new else places
+        mask, T = roll.mask_NT[rows], roll.mask_NT.shape[1]
+        close(logp[places, :T][mask], roll.logp_NT[rows][mask])
+        close(both.logp_NT[places, :T][mask], roll.logp_NT[rows][mask], 0)
+    assert logp.isfinite().all() and H.isfinite().all()

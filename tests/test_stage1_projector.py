@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import TINY, snapshot, weights
 
+import checkpoint
 import common
 import stage1_projector
 from model import Gaussian, Projector
@@ -52,7 +53,7 @@ def test_the_first_step_s_error_is_that_of_the_mean_it_starts_from(world, tmp_pa
     (row,) = common.read_metrics(tmp_path)
     assert row["mse_identity"] > 0 and (row["mse"] == row["mse_identity"]) == at_the_identity
     assert row["refused"] == 0
-    state = common.read_state(tmp_path)
+    state = checkpoint.read_state(tmp_path)
     assert state["stage"] == "stage1_projector" and state["finished"] and state["config"]["mean"] == mean
 
 

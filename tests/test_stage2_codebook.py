@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CODES, assert_only, names_of, snapshot, take_step
+from helpers import CODES, CPU, assert_only, names_of, snapshot, take_step
 
 from data import Records
 from model import LatentModel, inverse_loss
@@ -92,7 +92,7 @@ def test_held_out_losses_start_at_the_vlm_s_and_are_means_over_tokens(vlm, proce
     torch.manual_seed(0)
     fresh, file = LatentModel(vlm.config, CODES, 1, 1), Records(world / "paired.jsonl")
     records, total, count = [file[i] for i in range(3)], 0.0, 0
-    val = validate(fresh, vlm, processor, records, torch.device("cpu"), size=2)
+    val = validate(fresh, vlm, processor, records, CPU, size=2)
     for record in records:
         batch = processor.collate([processor.example(record)])
         logp = log_probs(vlm.head(vlm(batch)))[0, :-1]
@@ -105,5 +105,5 @@ def test_held_out_losses_start_at_the_vlm_s_and_are_means_over_tokens(vlm, proce
 @torch.no_grad()
 def test_held_out_losses_tell_the_inferred_codes_from_random_ones(latent, vlm, processor, world):
     file = Records(world / "text.jsonl")
-    val = validate(latent, vlm, processor, [file[i] for i in range(2)], torch.device("cpu"))
+    val = validate(latent, vlm, processor, [file[i] for i in range(2)], CPU)
     assert len({round(v, 4) for v in val.values()}) == 3

@@ -4,15 +4,18 @@ import copy
 import importlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from helpers import ROOT, TINY, assert_only, draws, generate, names_of, snapshot, weights
+from helpers import CPU, ROOT, TINY, assert_only, draws, generate, names_of, snapshot, weights
 
+import checkpoint
 import common
 import stage4_latent_rl
+from answers import Answers
 from common import parse_config
-from data import DataError
+from data import DataError, Records
 from rollout import Rollout
 from stage4_latent_rl import (
     ALGORITHMS,
@@ -250,7 +253,7 @@ def agent_of(trainee, vlm, never, monkeypatch):
         parts = (vlm, trainee) if actions == "latent" else (VLM(TINY), None)
         arch = {"train_share": 8 / 36}
         monkeypatch.setattr(common, "load_agent", lambda *_: (*parts, arch))
-        return Agent(Config(actions=actions, **settings), torch.device("cpu"), never)
+        return Agent(Config(actions=actions, **settings), CPU, never)
 
     return agent
 
@@ -297,7 +300,7 @@ def test_kl_is_finite_where_the_reference_would_sample_others(agent_of, roll_of)
     with torch.no_grad():  # the two least likely actions become the reference's top two
         agent.reference.out.weight.neg_()
         agent.reference.out.bias.neg_()
-    agent.optimizer = torch.optim.SGD(agent.params, lr=0.0)
+    agent.step_weights.optimizer = torch.optim.SGD(agent.step_weights.params, lr=0.0)
     metrics = update(agent, objective_of(agent), roll, torch.zeros(4), ALL)
     assert 0 < metrics["kl"] < math.inf and torch.isfinite(metrics["grad_norm"])
 
@@ -305,14 +308,14 @@ def test_kl_is_finite_where_the_reference_would_sample_others(agent_of, roll_of)
 def move(agent, roll, adv, keep, lr=1000.0, log=None):
     """Where one update moves the weights: minus the gradient, times a rate so large that rounding is small beside it.
     The weights are put back."""
-    before = [p.detach().clone() for p in agent.params]
-    agent.optimizer = torch.optim.SGD(agent.params, lr=lr)
+    before = [p.detach().clone() for p in agent.step_weights.params]
+    agent.step_weights.optimizer = torch.optim.SGD(agent.step_weights.params, lr=lr)
     metrics = update(agent, objective_of(agent), roll, adv, keep)
     if log is not None:
         log.append(metrics)
     with torch.no_grad():
-        moved = torch.cat([(p - old).flatten() for p, old in zip(agent.params, before)])
-        for p, old in zip(agent.params, before):
+        moved = torch.cat([(p - old).flatten() for p, old in zip(agent.step_weights.params, before)])
+        for p, old in zip(agent.step_weights.params, before):
             p.copy_(old)
     return moved
 
@@ -342,7 +345,7 @@ def test_micro_batches_log_the_same(agent_of, roll_of):
     logged = []
     for micro in (0, 2):
         agent = agent_of(micro=micro, beta=0.1)
-        agent.optimizer = torch.optim.SGD(agent.params, lr=0.0)
+        agent.step_weights.optimizer = torch.optim.SGD(agent.step_weights.params, lr=0.0)
         with torch.no_grad():
             agent.reference.out.bias.copy_(torch.linspace(-1, 1, 16))
         metrics = update(agent, objective_of(agent), roll_of(agent), torch.tensor([-1.0, 1, 0.5, -0.5]), ALL)
@@ -471,7 +474,7 @@ def test_top_k_with_several_updates_stays_finite(agent_of, cast_roll_of, precisi
     roll = cast_roll_of(agent, top_k=top_k)
     metrics = update(agent, objective_of(agent), roll, SEESAW, ALL)
     assert all(math.isfinite(v) for v in metrics.values()) and metrics["kl"] > 0
-    assert all(p.isfinite().all() for p in agent.params)
+    assert all(p.isfinite().all() for p in agent.step_weights.params)
 
 
 @BOTH
@@ -526,12 +529,12 @@ def test_a_step_without_any_judgement_has_no_reward():
 def test_without_a_row_there_is_no_step(agent_of, roll_of, actions):
     """AdamW has momentum from the step before, and would move by it."""
     agent = agent_of(actions)
-    roll, state = roll_of(agent), lambda: [x["step"].item() for x in agent.optimizer.state.values()]
+    roll, state = roll_of(agent), lambda: [x["step"].item() for x in agent.step_weights.optimizer.state.values()]
     assert update(agent, objective_of(agent), roll, SEESAW, ALL)["grad_norm"] > 0
     before, steps = snapshot(agent.model), state()
     assert update(agent, objective_of(agent), roll, torch.zeros(4), ~ALL) == {}
     assert_only(before, (agent.model,), [])
-    assert state() == steps and all(p.grad is None for p in agent.params)
+    assert state() == steps and all(p.grad is None for p in agent.step_weights.params)
 
 
 @pytest.fixture
@@ -574,7 +577,7 @@ def test_a_judge_that_fails_throughout_ends_the_run(run_of, trainee):
     with pytest.raises(DataError, match="--judge mine: no response of 3 steps in a row .* from step 2"):
         run_of(steps_that_fail(3, 4, 5), "--steps", "9")
     assert [("reward" in row, row["judge_failed"]) for row in run_of.rows] == [(True, 0)] * 2 + [(False, 4)] * 3
-    state, saved = common.read_state(run_of.out), weights(run_of.out)
+    state, saved = checkpoint.read_state(run_of.out), weights(run_of.out)
     assert state["step"] == 2 and not state["finished"]
     now = trainee.policy.state_dict()
     assert all(torch.equal(saved[f"policy.{k}"], x) for k, x in now.items())
@@ -639,3 +642,67 @@ def test_what_cannot_teach_is_refused(capsys, flag, value, least):
     assert f"argument {flag}: {float(value) if '.' in least else value} is too small, it must be at least {least}" in (
         capsys.readouterr().err
     )
+
+
+# -------------------------------------------------------------------------------------------------- drawn again
+def equal_at(*equal):
+    """A judge for one prompt a call or two, groups of two. equal: for each call the places of the groups that it finds
+    equal; what it saw is in judge.seen."""
+
+    def judge(records, responses):
+        judge.seen.append(responses)
+        now = equal[len(judge.seen) - 1]
+        return [{"Place": (1.0 if k // 2 in now else 1.0 + k, 5.0)} for k in range(len(responses))]
+
+    judge.seen = []
+    return judge
+
+
+@pytest.fixture
+def collected(agent_of, processor, world):
+    """collected(judge, resample): the answers to the first two prompts in step 5."""
+
+    def collect(judge, resample, actions="latent"):
+        agent = agent_of(actions, resample=resample, group=2, max_new=6, temperature=2.0)
+        prompts = Records(world / "task_prompts.jsonl")
+        return Answers(agent, processor, prompts, judge, lambda r: group_advantages(r, "dapo")).collect(5, [0, 1])
+
+    return collect
+
+
+@BOTH
+def test_groups_with_equal_rewards_are_drawn_again_alone(collected, actions):
+    """The second group twice, the first never; what stands in its place was judged last."""
+    once, again = equal_at([1]), equal_at([1], [0], [])
+    before, texts, r_BG, _, resampled = collected(once, 0, actions)
+    assert resampled == 0 and r_BG[1, 0] == r_BG[1, 1]
+    roll, new, r_BG, adv_BG, resampled = collected(again, 5, actions)
+    assert resampled == 2 and [len(x) for x in again.seen] == [4, 2, 2]
+    assert new[:2] == texts[:2] and new[2:] == again.seen[2] and r_BG[1].tolist() == pytest.approx([0.2, 0.4])
+    assert (adv_BG[1] != 0).all()
+    T = min(roll.tokens_NT.shape[1], before.tokens_NT.shape[1])
+    assert torch.equal(roll.tokens_NT[:2, :T], before.tokens_NT[:2, :T])
+    assert len({tuple(x) for x in (texts[2:], *again.seen[1:])}) > 1  # the noise is fresh
+
+
+def test_no_more_than_n_extra_draws(collected):
+    judge = equal_at([0, 1], [0, 1], [0])
+    assert collected(judge, 2)[-1] == 4 and len(judge.seen) == 3
+
+
+def test_an_extra_draw_depends_on_its_number_and_not_on_its_neighbours(collected):
+    alone, together, later = equal_at([1], []), equal_at([0, 1], []), equal_at([1], [0], [])
+    for judge in (alone, together, later):
+        collected(judge, 2)
+    assert alone.seen[1] == together.seen[1][2:] == later.seen[1] != later.seen[2]
+
+
+def test_a_run_with_extra_draws_counts_them_and_repeats(run_of, trainee):
+    start, runs = copy.deepcopy(trainee.state_dict()), []
+    for _ in range(2):
+        trainee.load_state_dict(start)
+        rows = run_of(equal_at([0], [0], [0], [], [0, 1], []), "--steps", "3", "--resample", "2")
+        runs.append([{k: v for k, v in row.items() if k[:2] != "s_" and k != "seconds"} for row in rows])
+        shutil.rmtree(run_of.out)
+    assert [row["resampled"] for row in runs[0]] == [2, 0, 2] and runs[0] == runs[1]
+    assert [row["equal_groups"] for row in runs[0]] == [0.5, 0, 0]
