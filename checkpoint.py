@@ -249,6 +249,8 @@ class Guard:
             signal.signal(number, handler)
         if self.file:
             self.file.close()
+            if os.listdir(self.out) == ["lock"]:  # refused before anything was written: leave no trace
+                shutil.rmtree(self.out, ignore_errors=True)
 
     def lock(self):
         if rank() != 0:

@@ -49,7 +49,7 @@ def places(value):
     found, todo = [], [value]
     while todo:
         at = todo.pop()
-        keys = list(at) if isinstance(at, dict) else range(len(at)) if isinstance(at, list) else []
+        keys = list(at) if isinstance(at, dict) else range(len(at) if isinstance(at, list) else 0)
         found += [(at, key) for key in keys]
         todo += [at[key] for key in keys]
     return found

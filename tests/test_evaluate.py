@@ -142,19 +142,26 @@ def runs(tmp_path_factory):
     torch.manual_seed(0)
     vlm = VLM(TINY)
     latent = LatentModel(vlm.config, **arch).state_dict()
-    head = {"model.language_model.norm.weight": vlm.text.norm.weight}
+    vlm.train_last(0.2)
+    trained, share = vlm.trained_tensors(), {"train_share": 0.2}
     val = {"text": {"val_inferred": 1.0}}
     for name, stage, actions, tensors in (
         ("codebook", "stage2_codebook", "latent", latent),
         ("bc", "stage3_bc", "latent", latent),
-        ("sft", "stage3_bc", "token", head),
+        ("sft", "stage3_bc", "token", trained),
         ("rl", "stage4_latent_rl", "latent", latent),
-        ("rl_token", "stage4_latent_rl", "token", head),
+        ("rl_token", "stage4_latent_rl", "token", trained),
     ):
         config = {"vlm": TINY, "actions": actions, "loss_type": "grpo", "batch": 2, "group": 2}
         if stage != "stage4_latent_rl":
             config = {"vlm": TINY, "actions": actions}
-        state = {"stage": stage, "finished": True, "config": config, "arch": arch, "val": val}
+        state = {
+            "stage": stage,
+            "finished": True,
+            "config": config,
+            "arch": share if actions == "token" else arch,
+            "val": val,
+        }
         checkpoint.save(out / name, 2, tensors, state)
         if stage == "stage4_latent_rl":
             row = {"reward": 1.0, "entropy": 0.5, "kl": 0.1, "s_rollout": 0.2, "s_update": 0.1}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TINY, cut_off, louder, same_weights, torchrun, weights
 
+import answers
 import checkpoint
 import common
 import evaluate
@@ -137,13 +138,13 @@ def test_stage_4_goes_on(flags, runs, tmp_path, monkeypatch, actions, init):
 
 def test_every_response_has_draws_of_its_own(flags, runs, tmp_path, monkeypatch):
     """Eight prompts, four a step: every prompt once in two steps, and other draws when it comes again."""
-    rows, real = [], stage4_latent_rl.uniforms
+    rows, real = [], answers.uniforms
 
     def uniforms(seed, some, length):
         rows.append(some)
         return real(seed, some, length)
 
-    monkeypatch.setattr(stage4_latent_rl, "uniforms", uniforms)
+    monkeypatch.setattr(answers, "uniforms", uniforms)
     some = ["--steps", "4", "--batch", "4", "--max-new", "2", "--init", f"{runs}/loud", "--out", str(tmp_path)]
     stage4_latent_rl.main([*flags.rl, *some])
     for first, second in (rows[:2], rows[2:]):
@@ -160,7 +161,7 @@ def test_every_response_has_draws_of_its_own(flags, runs, tmp_path, monkeypatch)
 )
 def test_which_responses_take_part_in_the_update(flags, runs, tmp_path, monkeypatch, loss_type, want):
     rewards, kept = np.array([[1, 2, np.nan], [3, 3, 3]], dtype=np.float32), []
-    monkeypatch.setattr(stage4_latent_rl, "reward", lambda *_: rewards)
+    monkeypatch.setattr(answers, "reward", lambda *_: rewards)
     monkeypatch.setattr(stage4_latent_rl, "update", lambda *given: kept.append(given[-1].tolist()) or {})
     some = ["--steps", "1", "--batch", "2", "--group", "3", "--max-new", "2", "--loss-type", loss_type]
     stage4_latent_rl.main([*flags.rl, *some, "--init", f"{runs}/loud", "--out", str(tmp_path)])
@@ -232,8 +233,6 @@ def test_wrong_runs_are_refused_by_name(flags, runs, tmp_path):
         stage4_latent_rl.main([*flags.rl, "--init", f"{runs}/sft", *out])
     with pytest.raises(DataError, match="was trained with --vlm"):
         stage2_codebook.main(["--vlm", "another", "--projector", f"{runs}/1", *out])
-    with pytest.raises(DataError, match="--micro 3: must be a multiple of --group 2"):
-        stage4_latent_rl.main([*flags.rl, "--micro", "3", "--init", f"{runs}/3", *out])
     with pytest.raises(DataError, match="--batch"):
         stage1_projector.main([*flags.paired, "--steps", "2", "--batch", "5", "--out", f"{runs}/1"])
     assert not (tmp_path / "x").exists()

@@ -52,7 +52,9 @@ def test_curves_are_drawn_in_the_colours_of_their_side(tmp_path):
     for side in ("token", "latent"):
         state = tmp_path / side / "ckpt-000003" / "state.json"
         state.parent.mkdir(parents=True)
-        state.write_text(json.dumps({"config": {"batch": 2, "group": 4}}))
+        state.write_text(
+            json.dumps({"step": 3, "stage": "stage4_latent_rl", "finished": True, "config": {"batch": 2, "group": 4}})
+        )
         level = 1.0 if side == "token" else 2.0
         rows = [{"step": s, "reward": level, "entropy": level, "kl": level} for s in (1, 2, 3)]
         rows[1] = {"step": 2}  # the judge failed throughout

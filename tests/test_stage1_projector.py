@@ -36,13 +36,13 @@ def test_only_the_projector_trains(world, tmp_path, monkeypatch):
 
 def test_the_learning_rate_rises_over_a_tenth_and_falls_to_0(world, tmp_path, monkeypatch):
     """Of 20 steps two warm up (a half, then all of it); the other 18 fall on a line that would reach 0 at step 20."""
-    rates, real = [], common.optimize
+    rates, real = [], common.Stepper.__call__
 
-    def optimize(params, optimizer, clip):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return real(params, optimizer, clip)
+    def step(self, records):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return real(self, records)
 
-    monkeypatch.setattr(common, "optimize", optimize)
+    monkeypatch.setattr(common.Stepper, "__call__", step)
     stage1_projector.main(argv(world, tmp_path, "--steps", "20", "--lr", "0.01"))
     assert rates == pytest.approx([0.005, 0.01] + [0.01 * k / 18 for k in range(18, 0, -1)])
 

@@ -447,8 +447,8 @@ def test_a_group_that_failed_as_a_whole_is_in_no_mean_of_the_log():
 @pytest.fixture(params=["float32", "bfloat16"])
 def precision(request, monkeypatch):
     """The test runs twice, the second time as on a GPU: every forward pass under autocast."""
-    autocast = lambda *_: torch.autocast("cpu", torch.bfloat16, enabled=request.param == "bfloat16")  # noqa: E731
-    monkeypatch.setattr(common, "autocast", autocast)
+    autocast = lambda _: torch.autocast("cpu", torch.bfloat16, enabled=request.param == "bfloat16")  # noqa: E731
+    monkeypatch.setattr(common.Place, "autocast", autocast)
     return request.param
 
 
@@ -457,7 +457,7 @@ def cast_roll_of(roll_of):
     """roll_of, under the autocast of `precision`."""
 
     def roll(agent, **settings):
-        with common.autocast(torch.device("cpu")):
+        with CPU.autocast():
             return roll_of(agent, **settings)
 
     return roll
@@ -506,11 +506,11 @@ def test_the_ratio_starts_at_1_whatever_the_rollout_logged(agent_of, roll_of, ac
 @BOTH
 def test_in_bfloat16_the_ratio_starts_at_exactly_1(agent_of, processor, prompts, monkeypatch, actions):
     """The rollout's log-probabilities come from products of other shapes, and are others after rounding."""
-    monkeypatch.setattr(common, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(common.Place, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
     agent, apart, real = agent_of(actions, temperature=2.0), [], stage4_latent_rl.policy_loss
     record = lambda logp, old, *a, **k: apart.append((logp - old).abs().max()) or real(logp, old, *a, **k)  # noqa: E731
     monkeypatch.setattr(stage4_latent_rl, "policy_loss", record)
-    with common.autocast():
+    with CPU.autocast():
         roll = generate(agent.vlm, agent.latent, processor, prompts[:2], draws(4, 12), group=2, temperature=2.0)
     metrics = update(agent, objective_of(agent), roll, SEESAW, ALL)
     assert [x.item() for x in apart] == [0.0] and metrics["logp_gap_max"] > metrics["logp_gap"] > 0

@@ -92,7 +92,7 @@ def write_rl(folder, side, kl=None):
     steps = [dict.fromkeys(tables.LOGGED, k) | {"step": k} | seconds for k in (1, 2, 3)]
     if kl is not None:
         steps = [step | {"kl": kl} for step in steps]
-    state = {"finished": True, "config": {"batch": 2, "group": 4}}
+    state = {"step": 3, "stage": "stage4_latent_rl", "finished": True, "config": {"batch": 2, "group": 4}}
     write_json(folder / "ckpt-000003" / "state.json", state)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
 
@@ -116,7 +116,8 @@ def write_seed(out, seed, x):
             run = out / runs.rl_run(seed, "latent", "grpo", task, variant=variant)
             write_evaluation(run.with_name(run.name + "_eval"), ["row"], tests, x - 1)
     for variant in ("full", *runs.ABLATIONS, *runs.SIZES, *runs.AMOUNTS):
-        state = {"finished": True, "val": {"text": {"val_inferred": 10 * x}}}
+        state = {"step": 1, "stage": "stage2_codebook", "finished": True, "config": {}}
+        state["val"] = {"text": {"val_inferred": 10 * x}}
         write_json(out / f"{seed}/{runs.folder(variant)}/stage2/ckpt-000001/state.json", state)
 
 
