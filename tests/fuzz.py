@@ -49,7 +49,9 @@ def places(value):
     found, todo = [], [value]
     while todo:
         at = todo.pop()
-        keys = list(at) if isinstance(at, dict) else range(len(at) if isinstance(at, list) else 0)
+        if not isinstance(at, (dict, list)):
+            continue
+        keys = list(at) if isinstance(at, dict) else range(len(at))
         found += [(at, key) for key in keys]
         todo += [at[key] for key in keys]
     return found
