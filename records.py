@@ -155,7 +155,7 @@ def refusals(path, rows, reasons):
     for same in list(kinds.values())[:3]:
         lines.append(f"  {same[0]}" + (f" (and {len(same) - 1} rows for such a reason)" if len(same) > 1 else ""))
     if len(kinds) > 3:
-        lines.append(f"  and {len(kinds) - 3} other kinds of reasons")
+        lines.append(f"  other kinds of reasons: {len(kinds) - 3}")
     return "\n".join(lines)
 
 

@@ -506,7 +506,7 @@ def test_the_console_says_how_many_rows_and_why(processor, folder):
         "  row 31: 'text' must be a string, this is 5 (and 3 rows for such a reason)",
         "  row 35: no messages; a record needs 'messages', 'conversations' or 'text'",
         "  row 36: no assistant message; there is nothing to learn or to compare with (and 2 rows for such a reason)",
-        "  and 1 other kinds of reasons",
+        "  other kinds of reasons: 1",
     ]
     assert str(scan(records, processor, rows=range(30))) == ""
     refused = set()

@@ -118,10 +118,12 @@ def test_the_orientation_that_a_camera_wrote_is_applied(tmp_path, kind, orientat
     assert np.abs(np.subtract(found, CORNERS)).max() < 12, found  # of 255; JPEG and AVIF are not exact
 
 
-def test_a_broken_exif_block_counts_as_upright(tmp_path):
-    for k, exif in enumerate((b"Exif\0\0II*\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0" + bytes(range(80)))):
-        corners().save(tmp_path / f"{k}.jpg", exif=exif)
-        assert load(tmp_path / f"{k}.jpg").size == (96, 64)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_a_broken_exif_block_counts_as_upright(tmp_path, kind):
+    for exif in (b"MM\0*\0\0", b"MMxx\0\0\0\x08", b"II*\0", b"MM\0*\xff\xff\xff\xff", bytes(range(80))):
+        corners().save(tmp_path / f"a.{kind}", exif=b"Exif\0\0" + exif)
+        assert load(tmp_path / f"a.{kind}").size == (96, 64)
 
 
 # ------------------------------------------------------------------------------------------------ modes of pixels
@@ -265,9 +267,10 @@ def test_what_is_no_regular_file_is_not_even_opened(tmp_path):
 def test_a_broken_avif_is_a_picture_error(tmp_path):
     scene(200, 200).save(tmp_path / "a.avif")
     data = bytearray((tmp_path / "a.avif").read_bytes())
-    data[-len(data) // 2 :] = bytes(len(data) // 2)
+    at = data.index(b"mdat") + 4  # the boxes before it, which `Image.open` reads, stay whole
+    data[at : at + 8] = bytes(8)
     (tmp_path / "a.avif").write_bytes(data)
-    with pytest.raises(PictureError, match="a.avif: "):  # Pillow: RuntimeError
+    with pytest.raises(PictureError, match="a.avif: Failed to decode frame 0"):  # Pillow: RuntimeError
         load(tmp_path / "a.avif")
 
 
