@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import say, world_size
-from data import DataError
+from data import DataError, Records, scan
 from model import LatentModel
+from pictures import MAX_DECODE
+from records import refusals
 from vlm import VLM
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -33,12 +35,26 @@ def option(default, help, *, choices=None, least=0, above=None, paper=None):
     return dataclasses.field(default=default, metadata=meta)
 
 
+@dataclasses.dataclass
+class Everywhere:
+    """Settings of every script that have nothing to do with the method; a script's Config comes after them."""
+
+    max_decode: int = option(MAX_DECODE, "largest image file that is opened, in pixels", least=1)
+    allow_outside: str = option("no", "take images that lie outside the folder of their records", choices=("no", "yes"))
+    strict: str = option(
+        "no", "stop at the first row that cannot be used, instead of leaving it out", choices=("no", "yes")
+    )
+    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
+    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
+
+
 def parse_config(cls, doc, argv=None):
     """Command line -> an instance of the dataclass `cls`, whose fields are `option`s. A flag wins over --preset."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    fields = dataclasses.fields(cls)
+    everywhere = {f.name for f in dataclasses.fields(Everywhere)}
+    fields = sorted(dataclasses.fields(cls), key=lambda f: f.name in everywhere)  # the method's settings first
     paper = {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
     if paper:
         text = "paper: every field below with a paper value takes it"
@@ -339,7 +355,30 @@ def read_metrics(out):
     return [rows[k] for k in sorted(rows)]
 
 
-def check(processor, records):
-    """Encode every prompt once before any training starts: a bad one is named now, not hours later."""
-    for i in range(len(records)):
-        processor.example(records[i], prompt_only=True)
+# ------------------------------------------------------------------------------------------------------- the data
+def open_records(path, cfg, limit=None):
+    """Records of a file, under the settings of `Everywhere`."""
+    return Records(path, limit, allow_outside=cfg.allow_outside == "yes")
+
+
+def usable(records, processor, cfg, prompt_only=False):
+    """-> the rows that can be used, each read and its images decoded: before step 0, so that nothing breaks later.
+
+    The console says what is refused. DataError if that is everything, or with --strict at the first."""
+    found = scan(records, processor, prompt_only, decode=True, strict=cfg.strict == "yes")
+    if found.refused:
+        say(str(found))
+    if not len(found.usable):
+        raise DataError(f"{records.path}: no row can be used; the first reason: {next(iter(found.refused.values()))}")
+    return records.only(found.usable)
+
+
+def reasons(cfg):
+    """-> where `batches` puts the reasons of refused rows; None: it raises the first (--strict)."""
+    return None if cfg.strict == "yes" else set()
+
+
+def tell_refused(records, refused):
+    """Say at the end of a run which rows of a file could not be used, if any."""
+    if text := refusals(records.path, len(records), refused or ()):
+        say(text)

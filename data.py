@@ -82,17 +82,34 @@ def _name(record):
     return record.get("where", record.get("id", "record"))
 
 
+def find(name, flag="--vlm"):
+    """Refuse what looks like a path and is none: it must never be looked up on the hub. -> the name."""
+    path = Path(name)
+    beside_files = path.parent != Path() and path.parent.is_dir()
+    if path.is_file():
+        raise DataError(f"{flag} {name}: is a file; give the folder of the checkpoint")
+    if not path.exists() and (path.is_absolute() or str(name).startswith((".", "~")) or beside_files):
+        raise DataError(f"{flag} {name}: no such folder")
+    return name
+
+
 class Processor:
     """Tokenizer + image processor of a checkpoint: records -> Examples -> Batches."""
 
     def __init__(self, vlm, max_length=512, max_pixels=280 * 420, loss_on="response", max_decode=pictures.MAX_DECODE):
         """max_length: tokens. max_pixels: of an image, as the VLM gets it. max_decode: pixels of its file, at most.
         loss_on: 'response' (the paper's L_inverse, without the release's prompt tokens) or 'all' text."""
-        self.tokenizer = AutoTokenizer.from_pretrained(vlm)
         size = {"shortest_edge": 28 * 28, "longest_edge": max_pixels}
-        self.images = AutoImageProcessor.from_pretrained(vlm, size=size)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(find(vlm), trust_remote_code=False)
+            self.images = AutoImageProcessor.from_pretrained(vlm, size=size, trust_remote_code=False)
+            self.config = AutoConfig.from_pretrained(vlm, trust_remote_code=False)
+        except DataError:
+            raise
+        except Exception as e:  # whatever a broken folder makes the library raise
+            reason = str(e).strip().partition("\n")[0][:200]
+            raise DataError(f"--vlm {vlm}: its tokenizer or image processor does not load ({reason})") from None
         self.max_length, self.max_pixels, self.max_decode, self.loss_on = max_length, max_pixels, max_decode, loss_on
-        self.config = AutoConfig.from_pretrained(vlm)
         self.image_id = self.config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
         self.vision_ids = {self.image_id, self.config.vision_start_token_id, self.config.vision_end_token_id}
@@ -103,7 +120,9 @@ class Processor:
         # Generation never samples a control token. An image or vision token announces pixels that are not there, and
         # the next forward pass would break. <|im_start|> and the like would open a new turn inside the answer. The
         # rest (padding, tool calls, ...) is no word that an answer could contain. Only EOS stays: it ends the answer.
-        self.never_sampled = sorted(set(added) - {self.eos_id})
+        # Nor ids at and above the tokenizer's size, which fill up the vocabulary and have no text.
+        unused = range(len(self.tokenizer), self.config.get_text_config().vocab_size)
+        self.never_sampled = sorted((set(added) | set(unused)) - {self.eos_id})
 
     def example(self, record, prompt_only=False, pixels=None):
         """-> Example. With prompt_only, everything up to the last answer, ready to generate it.

@@ -33,8 +33,8 @@ import torch
 import checkpoint
 import common
 import plots
-from common import DTYPES, option
-from data import DataError, Processor, Records
+from common import Everywhere, option
+from data import DataError, Processor
 from rewards import EmbeddingJudge, judge_ratio, judgements, load_judge, ngram_embed, rollout_diversity
 from rollout import decode, rollout, uniforms
 from vlm import VLM
@@ -49,7 +49,7 @@ TESTS = {
 
 
 @dataclass
-class Config:
+class Config(Everywhere):
     vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
     data: str = option("runs/world", "folder with the task's tests and prompts, paired and text (.jsonl or .json)")
     task: str = option("a", "which task's tests, or its validation set", choices=tuple(TESTS))
@@ -71,16 +71,17 @@ class Config:
     max_prompt: int = option(400, "longest prompt, tokens", least=1)
     max_new: int = option(64, "longest response, tokens", least=1)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1)
-    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
-    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(1000, "seed of sampling")
 
 
 # ------------------------------------------------------------------------------------------------ data and models
-def records_of(data, name, limit):
-    """-> a list of at most `limit` records of NAME.jsonl or NAME.json, whichever is there."""
-    path = Path(data) / f"{name}.json"
-    records = Records(path if path.is_file() else path.with_suffix(".jsonl"), limit=limit)
+def records_of(cfg, name, limit):
+    """-> at most `limit` records of NAME.jsonl or NAME.json, whichever is there."""
+    path = Path(cfg.data) / f"{name}.json"
+    return common.open_records(path if path.is_file() else path.with_suffix(".jsonl"), cfg, limit)
+
+
+def all_of(records):
     return [records[i] for i in range(len(records))]
 
 
@@ -258,7 +259,7 @@ def code_usage(cfg, processor, place, rolls):
     count = CodeCounter(processor.tokenizer, read_styles(cfg.data), latent.quantiser.codes)
     usage = {}
     for name, file in (("paired data", "paired"), ("text-only data", "text")):
-        records = records_of(cfg.data, file, 200)
+        records = all_of(records_of(cfg, file, 200))
         usage[name] = count.by_style(count.inferred(vlm, latent, processor, records, place))
     taken = torch.cat([r.actions_NT[r.mask_NT] for r in rolls])
     said = torch.cat([r.tokens_NT[r.mask_NT] for r in rolls])
@@ -285,11 +286,9 @@ def evaluate(cfg, speaker, judge, embed, files, model, run):
 def load_data(cfg, processor):
     """-> {test: records}, and under 'prompts' those of the diversity; a bad prompt is named before the work begins."""
     prompts = "task_b_prompts" if cfg.task.startswith("b") else "task_prompts"
-    files = {test: records_of(cfg.data, name, cfg.limit) for test, name in TESTS[cfg.task].items()}
-    files["prompts"] = records_of(cfg.data, prompts, cfg.diversity_prompts)
-    for records in files.values():
-        common.check(processor, records)
-    return files
+    files = {test: records_of(cfg, name, cfg.limit) for test, name in TESTS[cfg.task].items()}
+    files["prompts"] = records_of(cfg, prompts, cfg.diversity_prompts)
+    return {name: all_of(common.usable(f, processor, cfg, prompt_only=True)) for name, f in files.items()}
 
 
 def write(cfg, results, groups):
@@ -322,7 +321,7 @@ def main(argv=None):
         raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
     wanted, judge = rows_wanted(cfg), load_judge(cfg.judge)
     embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
-    processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
+    processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
     files, speaker = load_data(cfg, processor), Speaker(cfg, processor, place)
 
     rows, answers, groups, latent_name, latent_rolls = {}, {}, {}, None, []

@@ -23,14 +23,14 @@ import torch
 
 import checkpoint
 import common
-from common import DTYPES, option
-from data import Processor, Records, batches
+from common import Everywhere, option
+from data import Processor, batches
 from model import Projector, projector_loss
 from vlm import VLM
 
 
 @dataclass
-class Config:
+class Config(Everywhere):
     vlm: str = option("tiny/vlm", "folder or hub name of the frozen vision-language model")
     paired: str = option("runs/world/paired.jsonl", "image-text records")
     out: str = option("runs/stage1", "folder of this run")
@@ -41,16 +41,14 @@ class Config:
     clip_norm: float = option(0.0, "gradients are clipped to this norm; 0: they are not")
     max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
-    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
-    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(0, "seed of weights and data order")
     save_every: int = option(100, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
 
 
 def train(cfg, guard, place):
-    processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels)
-    records = Records(cfg.paired)
+    processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, max_decode=cfg.max_decode)
+    records = common.open_records(cfg.paired, cfg)
     vlm = VLM(cfg.vlm, place.device, place.dtype)
     projector = Projector(vlm.config.hidden_size, cfg.mean == "skip").to(place.device)
     step_weights, start = common.Stepper(projector.parameters(), cfg.lr, cfg.clip_norm), 0
@@ -67,7 +65,7 @@ def train(cfg, guard, place):
         loss, error, identity, count = projector_loss(projector, vlm, processor, batch, h_BTD)
         return loss * common.share(count), torch.stack([error.float(), identity.float(), count.float()])
 
-    objective, refused = common.wrap(projector, loss_fn), set()
+    objective, refused = common.wrap(projector, loss_fn), common.reasons(cfg)
     drawn = start * cfg.batch * place.ranks
     stream = batches(records, processor, cfg.batch, cfg.seed, drawn, place.rank, place.ranks, refused=refused)
     log = common.Log(cfg.out, "stage 1: projector", start, cfg.steps)
@@ -83,7 +81,7 @@ def train(cfg, guard, place):
         error, identity, count = common.total(sums)
         metrics = common.mean_over_ranks({"proj_nll": loss}) | {"mse": error / count, "mse_identity": identity / count}
         shown = ("proj_nll", "mse", "mse_identity")
-        log(step + 1, shown, **metrics, refused=common.total(len(refused)), skipped=step_weights.skipped)
+        log(step + 1, shown, **metrics, refused=common.total(len(refused or ())), skipped=step_weights.skipped)
         last = step + 1 == cfg.steps
         if last or guard.asked() or (step + 1) % cfg.save_every == 0:
             tensors = {f"projector.{k}": v for k, v in projector.state_dict().items()}
@@ -91,6 +89,7 @@ def train(cfg, guard, place):
             checkpoint.save(cfg.out, step + 1, tensors, state, step_weights.optimizer, keep=cfg.keep)
             guard.leave_if_asked()
     log.close()
+    common.tell_refused(records, refused)
 
 
 def main(argv=None):

@@ -23,18 +23,19 @@ with paired data. A code's use is counted over --window steps without Gumbel noi
 from collections import Counter
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 import checkpoint
 import common
-from common import DTYPES, option
-from data import DataError, Processor, Records, batches
+from common import Everywhere, option
+from data import DataError, Processor, batches
 from model import inverse_loss, projector_loss
 from vlm import VLM, next_token_loss
 
 
 @dataclass
-class Config:
+class Config(Everywhere):
     vlm: str = option("tiny/vlm", "folder or hub name of the frozen vision-language model")
     paired: str = option("runs/world/paired.jsonl", "image-text records")
     text: str = option("runs/world/text.jsonl", "text-only records")
@@ -64,8 +65,6 @@ class Config:
     max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
     val: int = option(48, "last rows of each file, kept for the losses at the end")
-    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
-    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(0, "seed of weights, noise and data order")
     save_every: int = option(150, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
@@ -151,8 +150,9 @@ class Run:
     def __init__(self, cfg, guard, place):
         self.cfg, self.guard, self.place = cfg, guard, place
         projector, before = checkpoint.load(cfg.projector, "--projector", ["stage1_projector"], cfg.vlm)
-        self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
-        self.files = {"paired": Records(cfg.paired), "text": Records(cfg.text)}
+        self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on, cfg.max_decode)
+        files = {"paired": common.open_records(cfg.paired, cfg), "text": common.open_records(cfg.text, cfg)}
+        self.train, self.held_out = self.split(files)
         self.vlm = VLM(cfg.vlm, place.device, place.dtype)
         same = ("codes", "inverse_blocks", "policy_blocks", "merges", "world_output", "tau", "entropy_bonus")
         self.arch = {k: getattr(cfg, k) for k in same}
@@ -167,19 +167,28 @@ class Run:
         common.seed_noise(cfg.seed, place.rank, self.start, self.going_on)
         self.log = common.Log(cfg.out, "stage 2: codebook", self.start, self.steps)
         self.usage = Usage(cfg.codes, cfg.window, self.going_on and self.going_on["extra"])
-        self.refused = {k: set() for k in self.files}
+        self.refused = {k: common.reasons(cfg) for k in self.train}
         self.streams = self.data()
+
+    def split(self, files):
+        """-> (training rows, held-out rows) by kind: the last `val` rows are held out, and read before step 0."""
+        cfg, train, held_out = self.cfg, {}, {}
+        for kind, f in files.items():
+            rows = np.arange(len(f))
+            train[kind] = f.only(rows[: len(f) - cfg.val])
+            if cfg.val:
+                held_out[kind] = common.usable(f.only(rows[len(f) - cfg.val :]), self.processor, cfg)
+        if cfg.text_rows:
+            train["text"] = train["text"].only(np.arange(min(cfg.text_rows, len(train["text"]))))
+        return train, held_out
 
     def data(self):
         """-> {kind: batches of the training rows, from where the run stopped on}."""
         cfg = self.cfg
-        train = {k: Records(f.path, limit=-cfg.val or None) for k, f in self.files.items()}
-        if cfg.text_rows:
-            train["text"] = Records(cfg.text, limit=min(cfg.text_rows, len(train["text"])))
         drawn = {"paired": self.start, "text": max(0, self.start - cfg.steps_a)}
         return {
             k: batches(
-                train[k],
+                self.train[k],
                 self.processor,
                 cfg.batch,
                 cfg.seed,
@@ -188,7 +197,7 @@ class Run:
                 self.place.ranks,
                 refused=self.refused[k],
             )
-            for k in self.files
+            for k in self.train
         }
 
     def next(self, kind):
@@ -196,18 +205,17 @@ class Run:
 
     def save(self, step, optimizer):
         """Write a checkpoint; the last one has the losses on the held-out rows."""
-        refused = sorted(set().union(*self.refused.values()))
+        refused = sorted(set().union(*(r or () for r in self.refused.values())))
         state = {"stage": "stage2_codebook", "finished": step == self.steps, "config": asdict(self.cfg)}
         state |= {"arch": self.arch, "refused": refused}
         if state["finished"]:
-            state["val"] = {kind: self.validate(kind) for kind in self.files}
+            state["val"] = {kind: self.validate(kind) for kind in self.held_out}
         tensors = common.part_tensors(self.latent, PARTS)
         checkpoint.save(self.cfg.out, step, tensors, state, optimizer, self.usage.recent, self.cfg.keep)
         self.guard.leave_if_asked()
 
     def validate(self, kind):
-        f = self.files[kind]
-        held_out = [f[i] for i in range(len(f) - self.cfg.val, len(f))]
+        held_out = [self.held_out[kind][i] for i in range(len(self.held_out[kind]))]
         val = validate(self.latent, self.vlm, self.processor, held_out, self.place)
         common.say(f"{kind}: " + ", ".join(f"{k} {v:.3f}" for k, v in val.items()) + " nats a token")
         return val
@@ -238,7 +246,7 @@ def train_phase(run, phase, begin, end):
         step_weights(paired.records + (text.records if text else []))
 
         metrics = common.mean_over_ranks({"loss": loss} | metrics) | run.usage(used)
-        metrics |= {f"refused_{k}": common.total(len(r)) for k, r in run.refused.items()}
+        metrics |= {f"refused_{k}": common.total(len(r or ())) for k, r in run.refused.items()}
         shown = ("nll_paired", "nll_text", "codes_paired", "codes_text", "perplexity_text")
         run.log(step + 1, shown, **metrics, skipped=step_weights.skipped)
         if step + 1 == end or run.guard.asked() or (step + 1) % cfg.save_every == 0:
@@ -252,6 +260,8 @@ def train(cfg, guard, place):
     if run.start < run.steps and cfg.steps_b:
         train_phase(run, "b", cfg.steps_a, run.steps)
     run.log.close()
+    for kind, records in run.train.items():
+        common.tell_refused(records, run.refused[kind])
 
 
 def main(argv=None):

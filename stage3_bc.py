@@ -26,14 +26,14 @@ import torch.nn.functional as F
 
 import checkpoint
 import common
-from common import DTYPES, option
-from data import DataError, Processor, Records, batches
+from common import Everywhere, option
+from data import DataError, Processor, batches
 from model import inverse_loss
 from vlm import VLM, next_token_loss
 
 
 @dataclass
-class Config:
+class Config(Everywhere):
     actions: str = option("latent", "clone and adapt the policy, or fine-tune the VLM", choices=("latent", "token"))
     vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
     init: str = option("runs/stage2", "finished run of stage 2, or a finished clone (latent only)")
@@ -54,8 +54,6 @@ class Config:
     loss_on: str = option("response", "which tokens are explained", choices=("response", "all"))
     max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
-    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
-    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(0, "seed of noise and data order")
     save_every: int = option(150, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
@@ -126,13 +124,13 @@ class Run:
         self.cfg, self.guard, self.is_token = cfg, guard, cfg.actions == "token"
         self.place = place
         before = self.load_models()
-        self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on)
-        self.files = {"demos": Records(cfg.demos)}
+        self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on, cfg.max_decode)
+        self.files = {"demos": common.open_records(cfg.demos, cfg)}
         self.clones = not self.is_token and before["stage"] == "stage2_codebook"
         if self.clones:
-            self.files["paired"] = Records(cfg.paired)
+            self.files["paired"] = common.open_records(cfg.paired, cfg)
         if self.clones and before["config"]["without"] != "text":
-            self.files["text"] = Records(cfg.text, limit=before["config"]["text_rows"] or None)
+            self.files["text"] = common.open_records(cfg.text, cfg, before["config"]["text_rows"] or None)
         self.steps = cfg.steps_adapt + (cfg.steps_clone if self.clones else 0)
         self.start, self.going_on = 0, None
         if saved := checkpoint.resume(cfg.out, "stage3_bc", asdict(cfg), may_grow=("steps_adapt",)):
@@ -143,7 +141,7 @@ class Run:
             self.start, self.going_on = saved[1]["step"], saved[2]
         common.seed_noise(cfg.seed, place.rank, self.start, self.going_on)
         self.log = common.Log(cfg.out, f"stage 3: {'SFT' if self.is_token else 'policy'}", self.start, self.steps)
-        self.refused = set()
+        self.refused = {k: common.reasons(cfg) for k in self.files}
 
     def load_models(self):
         """self.vlm, self.latent, self.arch -> state of the run given as --init (None for SFT)."""
@@ -173,10 +171,8 @@ class Run:
         objective = common.wrap(model, loss_fn)
         first = max(begin, self.start)
         drawn = (first - begin) * size * place.ranks
-        streams = [
-            batches(self.files[k], self.processor, size, cfg.seed, drawn, place.rank, place.ranks, refused=self.refused)
-            for k in kinds
-        ]
+        at = (size, cfg.seed, drawn, place.rank, place.ranks)
+        streams = [batches(self.files[k], self.processor, *at, refused=self.refused[k]) for k in kinds]
         for step in range(first, end):
             step_weights.rate(peak * rate((step - begin) / (end - begin)))
             given = [next(s).to(place.device) for s in streams]
@@ -186,15 +182,19 @@ class Run:
             step_weights([r for batch in given for r in batch.records])
 
             shown = [k for k in metrics if k.startswith(("bc", "agree", "nll"))]
-            metrics = common.mean_over_ranks({"loss": loss} | metrics) | {"refused": common.total(len(self.refused))}
+            metrics = common.mean_over_ranks({"loss": loss} | metrics) | {"refused": common.total(len(self.reasons()))}
             self.log(step + 1, shown, **metrics, skipped=step_weights.skipped)
             if step + 1 == end or self.guard.asked() or (step + 1) % cfg.save_every == 0:
                 self.save(step + 1, step_weights.optimizer)
 
+    def reasons(self):
+        """-> why rows were refused so far, of all files."""
+        return sorted(set().union(*(r or () for r in self.refused.values())))
+
     def save(self, step, optimizer):
         tensors = self.vlm.trained_tensors() if self.is_token else common.part_tensors(self.latent, self.latent.parts)
         state = {"stage": "stage3_bc", "finished": step == self.steps, "config": asdict(self.cfg), "arch": self.arch}
-        state |= {"refused": sorted(self.refused)}
+        state |= {"refused": self.reasons()}
         checkpoint.save(self.cfg.out, step, tensors, state, optimizer, keep=self.cfg.keep)
         self.guard.leave_if_asked()
 
@@ -245,6 +245,8 @@ def train(cfg, guard, place):
     if not run.is_token and run.start < run.steps and cfg.steps_adapt:
         adapt(run)
     run.log.close()
+    for kind, records in run.files.items():
+        common.tell_refused(records, run.refused[kind])
 
 
 def main(argv=None):

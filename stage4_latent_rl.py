@@ -42,8 +42,8 @@ import torch.distributed as dist
 import checkpoint
 import common
 from answers import Answers, equal_groups, summary
-from common import DTYPES, option
-from data import DataError, Processor, Records, index_stream
+from common import Everywhere, option
+from data import DataError, Processor, index_stream
 from rewards import load_judge
 from rollout import sampled_logp
 
@@ -169,7 +169,7 @@ def policy_loss(
 
 # ------------------------------------------------------------------------------------------------------- the settings
 @dataclass
-class Config:
+class Config(Everywhere):
     actions: str = option("latent", "what the policy chooses", choices=("latent", "token"))
     loss_type: str = option("grpo", "the algorithm, see above", choices=tuple(ALGORITHMS))
     vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
@@ -193,8 +193,6 @@ class Config:
     max_prompt: int = option(400, "longest prompt, tokens", least=1, paper=1024)
     max_new: int = option(64, "longest response, tokens", least=1, paper=1024)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
-    dtype: str = option("auto", "of forward passes; auto: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES)
-    timeout: int = option(30, "minutes that a rank waits for the others before the run ends", least=1)
     seed: int = option(0, "seed of sampling and of the prompts' order")
     save_every: int = option(50, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
@@ -330,9 +328,9 @@ def give_up(agent, start, step):
 
 
 def train(cfg, guard, place):
-    processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels)
-    prompts, judge = Records(cfg.prompts), load_judge(cfg.judge)
-    common.check(processor, prompts)
+    processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
+    judge = load_judge(cfg.judge)
+    prompts = common.usable(common.open_records(cfg.prompts, cfg), processor, cfg, prompt_only=True)
     never = torch.tensor(processor.never_sampled, device=place.device)
     agent = Agent(cfg, place, never)
     start = agent.resume()

@@ -10,7 +10,6 @@ tokens of a batch in one row, D width, V vocabulary, k of top-k.
 
 import inspect
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-from data import DataError
+from data import DataError, find
 from packed_linear import pack
 
 hf_logging.disable_progress_bar()  # one bar a run is enough
@@ -41,19 +40,6 @@ def positions_of(mask_BS, T):
 
 
 # -------------------------------------------------------------------------------------------------------------- the VLM
-def find(name, flag="--vlm"):
-    """Refuse what looks like a path and is none: it must never be looked up on the hub. -> the name."""
-    path = Path(name)
-    looks_local = (
-        path.is_absolute() or str(name).startswith((".", "~")) or (path.parent != Path() and path.parent.is_dir())
-    )
-    if path.is_file():
-        raise DataError(f"{flag} {name}: is a file; give the folder of the checkpoint")
-    if not path.exists() and looks_local:
-        raise DataError(f"{flag} {name}: no such folder")
-    return name
-
-
 def load_model(name, dtype):
     """-> the model of a folder or hub name, every tensor of it there; of a configuration with random weights.
 

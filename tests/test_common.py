@@ -286,16 +286,26 @@ def test_bad_input_ends_a_script_with_one_line_and_status_2(capsys):
     assert e.value.code == 2 and capsys.readouterr().err == "error: data.jsonl, row 3: no messages\n"
 
 
-def test_a_bad_prompt_is_named_before_training():
+def test_bad_rows_are_named_before_training(tmp_path, capsys):
     class Processor:
         def example(self, record, prompt_only):
             assert prompt_only
-            if record == "bad":
-                raise DataError("row 3: too long")
+            if record["text"] == "bad":
+                raise DataError(f"{record['where']}: too long")
 
-    common.check(Processor(), ["good"] * 3)
-    with pytest.raises(DataError, match="row 3"):
-        common.check(Processor(), ["good", "good", "bad"])
+    def records(*texts):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        return common.open_records(tmp_path / "rows.jsonl", common.Everywhere())
+
+    assert len(common.usable(records("good", "good"), Processor(), common.Everywhere(), True)) == 2
+    left = common.usable(records("good", "bad", "fine"), Processor(), common.Everywhere(), True)
+    assert [left[i]["text"] for i in range(len(left))] == ["good", "fine"]
+    said = capsys.readouterr()
+    assert "1 of 3 rows cannot be used" in said.out + said.err and "row 2: too long" in said.out + said.err
+    with pytest.raises(DataError, match="row 2: too long"):
+        common.usable(records("good", "bad"), Processor(), common.Everywhere(strict="yes"), True)
+    with pytest.raises(DataError, match="no row can be used.*too long"):
+        common.usable(records("bad"), Processor(), common.Everywhere(), True)
 
 
 def test_a_log_row_is_plain_json(tmp_path):

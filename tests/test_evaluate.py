@@ -95,10 +95,11 @@ def test_records_are_read_from_jsonl_or_json(tmp_path):
     row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
     (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
     (tmp_path / "two.json").write_text(json.dumps([row]))
-    assert len(evaluate.records_of(tmp_path, "one", 128)) == 2 and len(evaluate.records_of(tmp_path, "one", 1)) == 1
-    assert evaluate.records_of(tmp_path, "two", 128)[0]["messages"] == row["messages"]
+    cfg = evaluate.Config(data=str(tmp_path))
+    assert len(evaluate.records_of(cfg, "one", 128)) == 2 and len(evaluate.records_of(cfg, "one", 1)) == 1
+    assert evaluate.records_of(cfg, "two", 128)[0]["messages"] == row["messages"]
     with pytest.raises(DataError, match="three.jsonl: no such file"):
-        evaluate.records_of(tmp_path, "three", 128)
+        evaluate.records_of(cfg, "three", 128)
 
 
 class Words:
