@@ -1,6 +1,7 @@
 # make demo     stages 1-4, the token-level baseline and the evaluation on the embedded default -> runs/demo/
 # make real     the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
 # make test     the tests, and ruff on the code's form
+# make test-all the tests with all of the fuzzing
 # make tables   the paper's tables in miniature, three seeds -> runs/tables/results/
 # make bench    what a step costs, on random weights -> runs/bench/
 # make figures  the two figures that explain the method -> docs/timeline.png, docs/stages.png
@@ -11,7 +12,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real test bench tables figures setup mmrole
+.PHONY: demo real test test-all bench tables figures setup mmrole
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -25,6 +26,9 @@ test: .venv/ready
 	.venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet . || \
 	  { echo "error: the code is not in form; see it with .venv/bin/ruff check ."; exit 1; }
 	$(PY) -m pytest -q tests
+
+test-all: .venv/ready
+	$(PY) -m pytest -q -m "" tests
 
 bench: .venv/ready
 	OMP_NUM_THREADS=2 $(PY) -m studies.bench

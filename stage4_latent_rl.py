@@ -69,6 +69,11 @@ def local_tokens(mask_NT, rows, tokens, max_length):
     return mask_NT / mask_NT.sum().clamp(min=1)
 
 
+def clipped(logp, ratio, adv, clip_low, clip_high):
+    """PPO's surrogate: min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)."""
+    return torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """What sets one member of GRPO's family apart."""
@@ -77,6 +82,7 @@ class Algorithm:
     weights: Callable  # of the token losses in the loss, see `token_weights`
     by_std: bool = True  # advantages are divided by the group's standard deviation
     clip_high: float = 0.2  # the ratio is clipped from above at 1 + clip_high
+    surrogate: Callable = clipped  # what is maximised at each token, the KL apart
     equal_groups: bool = True  # groups whose rewards are all equal take part (with advantage 0, so with their KL alone)
 
 
@@ -117,13 +123,13 @@ def k3(logp, logp_ref):
     return torch.exp(d) - d - 1
 
 
-def token_losses(logp_NT, logp_old_NT, logp_ref_NT, adv_N, mask_NT, clip_low, clip_high, beta):
-    """l = -min(ratio A, clip(ratio) A) + beta kl at each sampled token, 0 at padding -> (N, T)."""
+def token_losses(logp_NT, logp_old_NT, logp_ref_NT, adv_N, mask_NT, clip_low, clip_high, beta, surrogate=clipped):
+    """l = -surrogate + beta kl at each sampled token, 0 at padding -> (N, T)."""
     # padding may hold anything: make it 0 before exp, or inf * 0 would be nan
     mask_NT = mask_NT.bool()
     logp, logp_old = (torch.where(mask_NT, x, 0.0) for x in (logp_NT, logp_old_NT))
     ratio, adv = torch.exp(logp - logp_old), adv_N[:, None]
-    loss_NT = -torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
+    loss_NT = -surrogate(logp, ratio, adv, clip_low, clip_high)
     if beta:
         loss_NT = loss_NT + beta * k3(logp, torch.where(mask_NT, logp_ref_NT, 0.0))
     return torch.where(mask_NT, loss_NT, 0.0)
@@ -163,7 +169,8 @@ def policy_loss(
     where they are known already, as for a part of a rollout."""
     if weights_NT is None:
         weights_NT = token_weights(mask_NT, loss_type, max_length, tokens=num_tokens)
-    loss_NT = token_losses(logp_NT, logp_old_NT, logp_ref_NT, adv_N, mask_NT, clip_low, clip_high, beta)
+    surrogate = algorithm(loss_type).surrogate
+    loss_NT = token_losses(logp_NT, logp_old_NT, logp_ref_NT, adv_N, mask_NT, clip_low, clip_high, beta, surrogate)
     return (loss_NT * weights_NT).sum()
 
 

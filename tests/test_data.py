@@ -1,15 +1,17 @@
 """data.py: records, examples, the text view, batches; every error names the file and the row."""
 
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import TINY
 from PIL import Image
 
-from data import DataError, Processor, Records, batches, index_batches, index_stream, scan
+from data import DataError, Processor, Records, batches, find, index_batches, index_stream, scan
 from records import refusals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +81,39 @@ def test_every_control_token_but_eos_is_never_sampled(processor):
     names = ["endoftext", "im_start", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
     never = processor.tokenizer.convert_ids_to_tokens(processor.never_sampled)
     assert never == [f"<|{name}|>" for name in names] and processor.eos == "<|im_end|>"
+
+
+def test_ids_without_a_text_are_never_sampled(tmp_path):
+    """A vocabulary that is larger than the tokenizer, as Qwen2.5-VL's is: the rest is filled up."""
+    folder = tmp_path / "vlm"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    size = config["text_config"]["vocab_size"]
+    config["text_config"]["vocab_size"] = size + 3
+    (folder / "config.json").write_text(json.dumps(config))
+    more = Processor(folder)
+    words = len(more.tokenizer)
+    assert set(range(words, size + 3)) <= set(more.never_sampled)
+    tiny = set(Processor(TINY).never_sampled)
+    assert set(more.never_sampled) - set(range(words, size + 3)) == tiny - set(range(words, size))
+
+
+@pytest.mark.parametrize("what", ["tokenizer.json", "preprocessor_config.json", "config.json"])
+def test_a_folder_without_one_of_its_files_is_named(tmp_path, what):
+    shutil.copytree(TINY, tmp_path / "vlm")
+    (tmp_path / "vlm" / what).write_text("{")
+    with pytest.raises(DataError, match="--vlm .*does not load"):
+        Processor(tmp_path / "vlm")
+
+
+def test_what_looks_like_a_path_and_is_none_is_not_looked_up(tmp_path):
+    for name in ("tiny/vlmx", "./vlm", "/nowhere/vlm", str(tmp_path / "vlm")):
+        with pytest.raises(DataError, match="no such folder"):
+            find(name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is a file"):
+        find(tmp_path / "file")
+    assert find("someone/a-model-on-the-hub") == "someone/a-model-on-the-hub"
 
 
 def test_loss_on_all_leaves_out_the_vision_tokens_alone(folder):

@@ -95,6 +95,19 @@ def test_all_stages_and_the_evaluation_run(runs, world, tmp_path):
     assert [len(group) for group in drawn] == [3, 3]
 
 
+def test_a_bad_held_out_row_is_left_out_before_step_0(flags, runs, world, tmp_path, capsys):
+    """Stage 2 needs its last rows at its very end: a bad one must not cost the run."""
+    rows = (world / "text.jsonl").read_text().splitlines()
+    (tmp_path / "text.jsonl").write_text("\n".join([*rows, json.dumps({"messages": []})]) + "\n")
+    some = ["--text", f"{tmp_path}/text.jsonl", "--projector", f"{runs}/1", "--steps-a", "1", "--steps-b", "1"]
+    stage2_codebook.main([*flags.book, *some, "--out", f"{tmp_path}/2"])
+    assert checkpoint.read_state(tmp_path / "2")["val"]["text"]["val_vlm"] > 0
+    assert f"row {len(rows) + 1}" in capsys.readouterr().out
+    with pytest.raises(DataError, match=f"row {len(rows) + 1}"):
+        stage2_codebook.main([*flags.book, *some, "--strict", "yes", "--out", f"{tmp_path}/strict"])
+    assert not (tmp_path / "strict").exists()
+
+
 # -------------------------------------------------------------------------------- a run that was cut off goes on
 def assert_goes_on(monkeypatch, main, argv, out, after):
     """Cut off after the checkpoint of each of these steps, the run ends as if it had not been."""

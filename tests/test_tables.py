@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from data import DataError
+from stage4_latent_rl import ALGORITHMS
 from studies import runs, tables
 
 SCORES = {1: 1.0, 2: 2.0, 3: 6.0}  # by seed: mean 3, standard deviation sqrt((4 + 1 + 9) / 2) = 2.646
@@ -27,9 +28,9 @@ def test_the_plan_gives_both_sides_the_same():
     rl = [job for job in jobs.values() if job.command[0] == "stage4_latent_rl.py"]
     token = [job for job in rl if flag(job, "--actions") == "token"]
     full = [job for job in rl if flag(job, "--init").split("/")[-2] == "full"]
-    assert len(token) == len(full) == (4 + 2) * 2 * 3  # algorithms and lower rates, tasks, seeds
+    assert len(token) == len(full) == (len(ALGORITHMS) + 2) * 2 * 3  # algorithms and lower rates, tasks, seeds
     assert sorted(map(budget, token)) == sorted(map(budget, full))
-    assert len(rl) == 48 + 3 * 2 * 3 + 6 * 3 + 2 * 2 * 2 * 3  # tables 1, 2, 5 and 6
+    assert len(rl) == len(ALGORITHMS) * 2 * 2 * 3 + 3 * 2 * 3 + 6 * 3 + 2 * 2 * 2 * 3  # tables 1, 2, 5 and 6
     evaluations = [job for job in jobs.values() if job.command[0] == "evaluate.py"]
     assert len(evaluations) == len(rl) + 6
     assert {flag(job, "--task") for job in evaluations} == {"a", "b"}  # never the validation sets
@@ -136,7 +137,7 @@ def test_table_1_and_what_stands_beside_it(made_up):
     assert rows["Prompt"]["ID"] == [1]  # of one seed
     assert "| DAPO token | 3.000 ± 2.646 | 4.000 ± 2.646 | 3.000 ± 2.646 | 4.000 ± 2.646 | 3.500 ± 2.646 |" in text
     assert "| Prompt | 1.000 | 2.000 | 1.000 | 2.000 | 1.500 |" in text
-    assert text.count("\n") == 2 + 11
+    assert text.count("\n") == 2 + 3 + 2 * len(ALGORITHMS)
     rows, text = tables.dimensions(made_up)
     assert rows["LS2"]["GRPO token"] == {"Tone": [1, 2, 6]}
     assert "| reference | 9.0 |\n| SFT | 3.0 ± 2.6 |" in text

@@ -1,6 +1,8 @@
 """vlm.py: the VLM step by step and padded, its positions by hand, the LM head's log-probabilities, what trains."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import LAYERS, TINY, alone, close, extend, picked, question
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-from data import DataError
+from data import DataError, Processor
 from rollout import roomy_cache
 from vlm import VLM, HeadLogProbs, head_log_probs, log_probs, next_token_loss, positions_of, visible
 
@@ -256,3 +259,37 @@ def test_logits_are_not_rounded_to_bfloat16(vlm, latent):
     close(logp, picked(log_probs(logits), ids), 1e-5)
     assert (actions.bfloat16() != actions).float().mean() > 0.9
     close(vlm.logits(y), vlm.head(y), 0)
+
+
+# --------------------------------------------------------------------------------------- a checkpoint that is not whole
+def damaged(tmp_path, change):
+    """A copy of the tiny checkpoint, one tensor of which went through `change` (None: it is gone)."""
+    shutil.copytree(TINY, tmp_path / "vlm")
+    file = tmp_path / "vlm" / "model.safetensors"
+    tensors = load_file(file)
+    name = "layers.0.mlp.gate_proj.weight"
+    (own,) = [k for k in tensors if k.endswith("model." + name) and "visual" not in k]
+    tensor = change(tensors.pop(own))
+    save_file(tensors | ({} if tensor is None else {own: tensor}), file, {"format": "pt"})
+    return tmp_path / "vlm", name
+
+
+@pytest.mark.parametrize("change, why", [(lambda w: None, "would be random"), (lambda w: w / 0 * 0, "not finite")])
+def test_a_tensor_that_is_missing_or_not_finite_is_named(tmp_path, change, why):
+    folder, name = damaged(tmp_path, change)
+    with pytest.raises(DataError, match=f"{name}.*{why}"):
+        VLM(folder)
+
+
+def test_code_beside_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    """An unknown model type with code of its own: the library would ask on standard input, and 'y' would run it."""
+    shutil.copytree(TINY, tmp_path / "vlm")
+    config = json.loads((tmp_path / "vlm" / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "own.C", "AutoModelForImageTextToText": "own.M"}}
+    (tmp_path / "vlm" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vlm" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (VLM, Processor):
+        with pytest.raises(DataError):
+            load(tmp_path / "vlm")
+    assert not (tmp_path / "ran").exists()
