@@ -70,15 +70,20 @@ real: EVAL = --max-pixels 9408 --data $(OUT)/data --judge $(JUDGE) --embedder $(
 demo: .venv/ready runs/world/world.json
 real: mmrole
 
-# One core for each side: the latent stages in front, the baseline behind them (its progress goes to token.log).
+# One core for each side: the latent stages in front, the baseline behind them (its progress goes to token.log). Ctrl-C reaches
+# both, and each saves; when one side ends early, or make is told to stop, the other one is told and waited for.
 demo real:
 	@mkdir -p $(OUT); ( \
-	$(PY) stage3_bc.py $(ALL) --actions token $(DEMOS) $(SFT) --out $(OUT)/sft && \
-	$(PY) stage4_latent_rl.py $(ALL) --actions token $(RL) --init $(OUT)/sft --out $(OUT)/rl_token \
+	trap 'kill -TERM $$CHILD 2>/dev/null; wait $$CHILD' TERM; \
+	beside() { "$$@" & CHILD=$$!; wait $$CHILD; }; \
+	beside $(PY) stage3_bc.py $(ALL) --actions token $(DEMOS) $(SFT) --out $(OUT)/sft && \
+	beside $(PY) stage4_latent_rl.py $(ALL) --actions token $(RL) --init $(OUT)/sft --out $(OUT)/rl_token \
 	) > $(OUT)/token.log 2>&1 & TOKEN=$$!; \
+	trap 'wait $$TOKEN; exit 130' INT; trap 'kill -TERM $$TOKEN 2>/dev/null; wait $$TOKEN; exit 143' TERM; \
 	$(PY) stage1_projector.py $(ALL) $(PAIRED) $(S1) --out $(OUT)/stage1 && \
 	$(PY) stage2_codebook.py $(ALL) $(PAIRED) $(TEXT) $(S2) --projector $(OUT)/stage1 --out $(OUT)/stage2 && \
 	$(PY) stage3_bc.py $(ALL) $(PAIRED) $(TEXT) $(DEMOS) $(S3) --init $(OUT)/stage2 --out $(OUT)/stage3 && \
-	$(PY) stage4_latent_rl.py $(ALL) $(RL) --init $(OUT)/stage3 --out $(OUT)/rl_latent || { kill $$TOKEN; exit 1; }; \
+	$(PY) stage4_latent_rl.py $(ALL) $(RL) --init $(OUT)/stage3 --out $(OUT)/rl_latent || \
+	{ CODE=$$?; kill -TERM $$TOKEN 2>/dev/null; wait $$TOKEN; exit $$CODE; }; \
 	wait $$TOKEN || { tail -n 3 $(OUT)/token.log; exit 1; }
 	$(PY) evaluate.py $(EVAL) --sft $(OUT)/sft --bc $(OUT)/stage3 --token $(OUT)/rl_token --latent $(OUT)/rl_latent --codebook $(OUT)/stage2 --out $(OUT)
