@@ -213,7 +213,8 @@ def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k
     room = prompt.ids_BT.shape[1] + u_NT.shape[1]
     encoder = VLMDecoder(vlm, roomy_cache(len(vlm.text.layers), room))
     policy = PolicyDecoder(latent.policy, roomy_cache(len(latent.policy.blocks), room))
-    speak, said = latent.speaker(), Said(prompt, group, u_NT.shape[1], eos, pad)
+    speak, logits_of = latent.speaker(), vlm.scorer()
+    said = Said(prompt, group, u_NT.shape[1], eos, pad)
     # asked once, not at each token; None: every prompt has an image
     paired_N = None if bool(prompt.paired_B.all()) else prompt.paired_B.repeat_interleave(group)
 
@@ -224,7 +225,7 @@ def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k
     for t in range(u_NT.shape[1]):
         a_N, logp_N, support_Nk = choose(logits_N1K[:, -1], u_NT[:, t], temperature, top_k)
         y_ND = speak(e_N1D[:, 0], a_N)
-        token_N = vlm.logits(y_ND).index_fill_(-1, never, -math.inf).argmax(-1)
+        token_N = logits_of(y_ND).index_fill_(-1, never, -math.inf).argmax(-1)
         actions.append(a_N)
         if said.add(token_N, logp_N, support_Nk):
             break
@@ -242,11 +243,11 @@ def rollout_token(vlm, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never
     """At each step x_{t+1} ~ the VLM's own distribution (or its arg max at temperature 0). Arguments as above. ->
     Rollout"""
     room = prompt.ids_BT.shape[1] + u_NT.shape[1]
-    decoder = VLMDecoder(vlm, roomy_cache(len(vlm.text.layers), room))
+    decoder, logits_of = VLMDecoder(vlm, roomy_cache(len(vlm.text.layers), room)), vlm.scorer()
     said = Said(prompt, group, u_NT.shape[1], eos, pad)
     h_N1D = decoder.prefill(prompt, group)[:, -1:].repeat_interleave(group, 0)
     for t in range(u_NT.shape[1]):
-        token_N, logp_N, support_Nk = choose(vlm.logits(h_N1D[:, 0]), u_NT[:, t], temperature, top_k, never)
+        token_N, logp_N, support_Nk = choose(logits_of(h_N1D[:, 0]), u_NT[:, t], temperature, top_k, never)
         if said.add(token_N, logp_N, support_Nk):
             break
         h_N1D = decoder.step(*said.last())

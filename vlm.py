@@ -133,12 +133,19 @@ class VLM(nn.Module):
             input_ids=ids_NT, attention_mask=see, position_ids=pos_NT, past_key_values=cache, use_cache=True
         )
 
-    def logits(self, y_MD):
-        """The LM head's logits (M, V), for sampling: float32, as `HeadLogProbs` has them."""
-        dtype = product_dtype(y_MD, self.head.weight)
+    def scorer(self):
+        """-> function: states (M, D) -> the LM head's logits (M, V), float32, as `HeadLogProbs` has them.
+
+        For a rollout, in which nothing trains: under autocast the weight is cast once, and not at each token."""
+        dtype = product_dtype(self.head.weight, self.head.weight)
         if dtype == torch.float32:
-            return self.head(y_MD)  # may be packed
-        return head_logits(y_MD, self.head.weight.to(dtype))
+            return self.head  # may be packed
+        weight_VD = self.head.weight.to(dtype)
+
+        def logits(y_MD):
+            return head_logits(y_MD, weight_VD)
+
+        return logits
 
     def _types(self, batch):
         return (batch.ids_BT == self.model.config.image_token_id).int()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import LAYERS, bias_head, close, draws, extend, generate, picked
 
+import vlm as vlm_module
 from data import Batch
 from rollout import (
     Rollout,
@@ -430,3 +431,18 @@ def test_rows_that_were_drawn_again_keep_their_scores(vlm, latent, processor, pr
         close(logp[places, :T][mask], roll.logp_NT[rows][mask])
         close(both.logp_NT[places, :T][mask], roll.logp_NT[rows][mask], 0)
     assert logp.isfinite().all() and H.isfinite().all()
+
+
+@BOTH
+def test_under_autocast_the_head_is_cast_once_a_rollout(vlm, latent, processor, prompts, monkeypatch, actions):
+    """A head that trains is kept in float32: casting it at each token would read all of it twice."""
+    cast, real = [], vlm_module.product_dtype
+
+    def product_dtype(x, weight):
+        cast.append(weight.shape)
+        return real(x, weight)
+
+    monkeypatch.setattr(vlm_module, "product_dtype", product_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        roll = generate(vlm, latent if actions == "latent" else None, processor, prompts[:1], draws(2, 6), group=2)
+    assert roll.tokens_NT.shape[1] == 6 and cast.count(vlm.head.weight.shape) == 1

@@ -251,14 +251,14 @@ def test_logits_are_not_rounded_to_bfloat16(vlm, latent):
     torch.manual_seed(14)
     y, ids = 3 * torch.randn(5, 128), torch.tensor([5, 77, 300, 1000, 9])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits, actions = vlm.logits(y), latent.policy(y[None])
+        logits, actions = vlm.scorer()(y), latent.policy(y[None])
         logp, _ = head_log_probs(vlm.head, y, ids)
     want = y.bfloat16().double() @ vlm.head.weight.bfloat16().double().T
     assert logits.dtype == actions.dtype == torch.float32
     close(logits.double(), want, 1e-4)
     close(logp, picked(log_probs(logits), ids), 1e-5)
     assert (actions.bfloat16() != actions).float().mean() > 0.9
-    close(vlm.logits(y), vlm.head(y), 0)
+    close(vlm.scorer()(y), vlm.head(y), 0)
 
 
 # --------------------------------------------------------------------------------------- a checkpoint that is not whole
