@@ -7,8 +7,9 @@ import torch
 
 import checkpoint
 import common
+from data import uniforms
 from rewards import reward
-from rollout import decode, rollout, uniforms
+from rollout import decode, rollout
 
 
 def equal_groups(adv_BG):

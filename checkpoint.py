@@ -2,7 +2,7 @@
 
     OUT/ckpt-STEP/weights.safetensors   what was trained
     OUT/ckpt-STEP/state.json            stage, step, finished, config, number of ranks
-    OUT/ckpt-STEP/optimizer.pt          optimizer, state of the random generator, and what else a stage goes on from
+    OUT/ckpt-STEP/optimizer.pt          state of the optimizer, and what else a stage goes on from
     OUT/metrics.jsonl                   the log; a run that goes on cuts it back to the checkpoint's step
     OUT/lock                            held by the process that writes here; the system frees it when that process ends
 
@@ -71,7 +71,7 @@ def write(out, step, tensors, state, optimizer, extra):
     new.mkdir(parents=True)
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / "weights.safetensors")
     if optimizer is not None:
-        going_on = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "extra": extra}
+        going_on = {"optimizer": optimizer.state_dict(), "extra": extra}
         torch.save(going_on, new / "optimizer.pt")
     (new / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
     shutil.rmtree(name, ignore_errors=True)
@@ -122,7 +122,7 @@ def read(folder, with_optimizer):
         going_on = None
         if with_optimizer:
             going_on = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-            if not isinstance(going_on, dict) or not {"optimizer", "rng"} <= set(going_on):
+            if not isinstance(going_on, dict) or "optimizer" not in going_on:
                 raise DataError("optimizer.pt is not one of this project")
     except DataError as e:
         raise DataError(f"{folder}: {e}") from None

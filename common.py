@@ -4,21 +4,20 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import math
 import os
 import sys
-import time
-from pathlib import Path
+from collections import Counter
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 from checkpoint import say, world_size
 from data import DataError, Records, scan
+from log import Log as Log
+from log import read_metrics as read_metrics
 from model import LatentModel
 from pictures import MAX_DECODE
 from records import refusals
@@ -138,14 +137,6 @@ def setup(cfg):
     return Place(device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), rank, ranks)
 
 
-def seed_noise(seed, rank, start, going_on):
-    """Gumbel noise: its own on each rank. A resumed run goes on with rank 0's saved CPU generator (others: a fresh
-    seed)."""
-    torch.manual_seed(seed * 1000 + rank + start)
-    if going_on and rank == 0:
-        torch.set_rng_state(going_on["rng"])
-
-
 def total(x):
     """Sum of a number or tensor over all ranks -> tensor."""
     x = torch.as_tensor(x).detach().clone()
@@ -194,6 +185,29 @@ def wrap(module, loss):
     return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
 
 
+def exchanging(objective, last):
+    """A context for forward and backward pass: with ranks, gradients are exchanged once a step, in its last part."""
+    return contextlib.nullcontext() if last or not dist.is_initialized() else objective.no_sync()
+
+
+def gradients(place, objective, given, norms, micro=0):
+    """Forward and backward passes of one step, over parts of at most `micro` rows (0: all in one).
+
+    objective(batches, norms) -> (loss, metrics), all of them sums over tokens times a norm. given: batches with equally
+    many rows. norms: see `share`, of the whole step, so that the parts add up to it and `micro` changes memory alone.
+    -> {name: its sum over the parts}, the loss among them; the gradients are in the parameters."""
+    rows, sums = len(given[0].ids_BT), Counter()
+    size = micro or rows
+    for start in range(0, rows, size):
+        with exchanging(objective, last=start + size >= rows):
+            with place.autocast():
+                loss, metrics = objective([batch.rows(slice(start, start + size)) for batch in given], norms)
+            loss.backward()
+        for name, value in ({"loss": loss} | metrics).items():
+            sums[name] = sums[name] + value.detach()
+    return dict(sums)
+
+
 # ------------------------------------------------------------------------------------------------------- optimizer
 def adamw(params, lr):
     """The one optimizer of every stage."""
@@ -214,7 +228,8 @@ class Stepper:
     """From gradients to weights: AdamW, clipping, and a guard. A gradient that is not finite never reaches the weights.
 
     Such a step is left out and counted in `skipped`; after PATIENCE of them in a row the run stops. Every rank
-    decides the same, because the gradients are the average over ranks by then."""
+    decides the same, because the gradients are the average over ranks by then. Its state, counts included, is saved and
+    loaded as an optimizer's is."""
 
     PATIENCE = 5
 
@@ -225,6 +240,13 @@ class Stepper:
 
     def rate(self, lr):
         self.optimizer.param_groups[0]["lr"] = lr
+
+    def state_dict(self):
+        return self.optimizer.state_dict() | {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict({k: state[k] for k in ("state", "param_groups")})
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def __call__(self, records=()):
         """Clip the gradient's norm (clip_norm 0: do not), step, forget the gradient. -> the norm before clipping.
@@ -291,68 +313,6 @@ def load_agent(run, actions, vlm_name, place):
     vlm = VLM(vlm_name, place.device, place.dtype)
     latent = build_latent(vlm, before["arch"], tensors, run, LatentModel.parts).to(place.device)
     return vlm, latent.requires_grad_(False), before["arch"]
-
-
-# ------------------------------------------------------------------------------------------------------- the log
-class Log:
-    """One progress bar with the numbers that matter and out/metrics.jsonl with all of them (rank 0 only).
-
-    A run that goes on from step `start` first drops what was logged after it, so that each step stands in the file
-    once."""
-
-    def __init__(self, out, name, start, steps):
-        self.rank0, path = checkpoint.rank() == 0, Path(out) / "metrics.jsonl"
-        self.bar = tqdm(
-            total=steps, initial=start, desc=name, disable=not self.rank0, mininterval=1.0, dynamic_ncols=True
-        )
-        if self.rank0:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            cut_back(path, start)
-            self.file = open(path, "a")
-        self.began = time.time()
-
-    def __call__(self, step, shown=(), **metrics):
-        """A number that is not finite is left out: JSON has no word for it."""
-        self.bar.update(1)
-        if self.rank0:
-            row = {k: round(v.item() if torch.is_tensor(v) else float(v), 6) for k, v in metrics.items()}
-            row = {k: v for k, v in row.items() if math.isfinite(v)}
-            self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.4g}" for k in shown if k in row), refresh=False)
-            row = {"step": step, "seconds": round(time.time() - self.began, 3)} | row
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-    def close(self):
-        self.bar.close()
-        if self.rank0:
-            self.file.close()
-
-
-def whole_rows(path):
-    """The rows of a metrics.jsonl; a torn one (full disk, power cut) is passed over."""
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            yield row
-
-
-def cut_back(path, start):
-    """Keep the rows up to step `start`, each once."""
-    if not path.exists():
-        return
-    rows = {row["step"]: row for row in whole_rows(path) if row["step"] <= start}
-    new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(rows[k]) + "\n" for k in sorted(rows)))
-    new.replace(path)
-
-
-def read_metrics(out):
-    """metrics.jsonl -> list of dicts, one a step."""
-    rows = {row["step"]: row for row in whole_rows(Path(out) / "metrics.jsonl")}
-    return [rows[k] for k in sorted(rows)]
 
 
 # ------------------------------------------------------------------------------------------------------- the data

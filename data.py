@@ -2,7 +2,7 @@
 
 The order of work:
     Records            a file, indexed; a row is read and checked when it is asked for (records.py)
-    scan               which rows can be used, read before a run needs them
+    scan               which rows can be used, read before a run needs them (records.py)
     Processor.example  a record -> token ids, which of them are to be learnt, pixels
     Processor.collate  examples -> a padded Batch
     batches            Batches forever. Their order depends on (seed, epoch) alone, so that a resumed run and any number
@@ -20,8 +20,9 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 import pictures
-from records import DataError, refusals
-from records import Records as Records  # `data` is where everybody takes it from
+from records import DataError
+from records import Records as Records  # `data` is where everybody takes them from
+from records import scan as scan
 
 
 # ----------------------------------------------------------------------------------------------------- examples
@@ -41,7 +42,8 @@ class Batch:
     """Padded examples. Right-padded for training, left-padded for generation.
 
     ids_BT int64; mask_BT bool, True at real tokens; response_BT bool; images_B int64, the number of images of a row.
-    pixels and grids: those of all rows one after the other, None if no row has an image."""
+    pixels and grids: those of all rows one after the other, None if no row has an image. draws: a tuple of integers
+    for each row, which its noise depends on."""
 
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor
@@ -50,6 +52,7 @@ class Batch:
     pixels: torch.Tensor | None
     grids: torch.Tensor | None
     records: list
+    draws: list
 
     @property
     def paired_B(self):
@@ -61,6 +64,20 @@ class Batch:
         """Does any row have padding? (Waits for the device.)"""
         return not bool(self.mask_BT.all())
 
+    @property
+    def explained_BT(self):
+        """bool (B, T-1), True at t where token t+1 is to be learnt: it is explained by what stands before it."""
+        return self.response_BT[:, 1:]
+
+    def uniforms(self, width):
+        """(M, width) float32 in [0, 1), for the M explained tokens in the order of their rows.
+
+        A row's numbers depend on its draw and on its own tokens alone: not on the rank, the padding, the device, the
+        other rows of the batch, or where a run was interrupted."""
+        counts = self.explained_BT.sum(1).tolist()
+        drawn = [noise(key, (n, width)) for key, n in zip(self.draws, counts, strict=True)]
+        return torch.cat(drawn).to(self.ids_BT.device)
+
     def rows(self, part):
         """The rows `part` (a slice) with their images."""
         before, inside = int(self.images_B[: part.start].sum()), int(self.images_B[part].sum())
@@ -70,7 +87,7 @@ class Batch:
             first, count = int(patches[:before].sum()), int(patches[before : before + inside].sum())
             pixels, grids = self.pixels[first : first + count], self.grids[before : before + inside]
         ids, mask, response = self.ids_BT[part], self.mask_BT[part], self.response_BT[part]
-        return Batch(ids, mask, response, self.images_B[part], pixels, grids, self.records[part])
+        return Batch(ids, mask, response, self.images_B[part], pixels, grids, self.records[part], self.draws[part])
 
     def to(self, device):
         tensors = {k: v for k, v in vars(self).items() if torch.is_tensor(v)}
@@ -253,8 +270,8 @@ class Processor:
         except jinja2.TemplateError as e:  # many templates refuse two turns of one speaker in a row
             raise DataError(f"{where}: the chat template refuses this dialogue ({e})") from None
 
-    def collate(self, examples, left=False):
-        """Examples -> Batch padded to its longest row; `left` for generation."""
+    def collate(self, examples, left=False, draws=None):
+        """Examples -> Batch padded to its longest row; `left` for generation. draws: by default the rows' numbers."""
         B, T = len(examples), max(len(e.ids) for e in examples)
         ids_BT = torch.full((B, T), self.pad_id)
         mask_BT, response_BT = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
@@ -266,7 +283,18 @@ class Processor:
         pictures = [e for e in examples if e.pixels is not None]
         pixels = torch.cat([e.pixels for e in pictures]) if pictures else None
         grids = torch.cat([e.grids for e in pictures]) if pictures else None
-        return Batch(ids_BT, mask_BT, response_BT, images_B, pixels, grids, [e.record for e in examples])
+        draws, records = draws or [(b,) for b in range(B)], [e.record for e in examples]
+        return Batch(ids_BT, mask_BT, response_BT, images_B, pixels, grids, records, draws)
+
+    def behind_image(self, batch):
+        """-> bool (B, T), True at text tokens behind their row's first image: where the image can matter."""
+        seen_BT = (batch.ids_BT == self.image_id).cumsum(1) > 0
+        return seen_BT & self._is_text(batch)
+
+    def _is_text(self, batch):
+        """-> bool (B, T), True at real tokens that are none of an image."""
+        vision_ids = torch.tensor(sorted(self.vision_ids), device=batch.ids_BT.device)
+        return batch.mask_BT & ~torch.isin(batch.ids_BT, vision_ids)
 
     def text_view(self, batch):
         """The same dialogues with the images left out, and how their tokens line up.
@@ -274,19 +302,30 @@ class Processor:
         -> (Batch (B, S) without image tokens, index_BS: position in `batch` of each text token, after_BS bool: text
         tokens behind the row's first image). The shorter rows have positions, masks and responses of their own. Tokens
         before the image do not count in L_t2vt and L_vt2t: there e^VT = e^T by causality."""
-        vision_ids = torch.tensor(sorted(self.vision_ids), device=batch.ids_BT.device)
-        keep_BT = batch.mask_BT & ~torch.isin(batch.ids_BT, vision_ids)
+        keep_BT = self._is_text(batch)
         longest = int(keep_BT.sum(1).max())
         index_BS = torch.argsort(~keep_BT, dim=1, stable=True)[:, :longest]  # kept tokens first, in order
         real_BS = keep_BT.gather(1, index_BS)
-        seen_BT = (batch.ids_BT == self.image_id).cumsum(1) > 0
         ids_BS = batch.ids_BT.gather(1, index_BS).masked_fill(~real_BS, self.pad_id)
         response_BS = batch.response_BT.gather(1, index_BS) & real_BS
-        view = Batch(ids_BS, real_BS, response_BS, torch.zeros_like(batch.images_B), None, None, batch.records)
-        return view, index_BS, seen_BT.gather(1, index_BS) & real_BS
+        no_images_B = torch.zeros_like(batch.images_B)
+        view = Batch(ids_BS, real_BS, response_BS, no_images_B, None, None, batch.records, batch.draws)
+        return view, index_BS, self.behind_image(batch).gather(1, index_BS) & real_BS
 
 
 # ------------------------------------------------------------------------------------------------------ samplers
+def noise(key, shape):
+    """float32 in [0, 1) of this shape, on the CPU; they depend on the key, a tuple of integers from 0, alone."""
+    return torch.from_numpy(np.random.default_rng(key).random(shape, dtype=np.float32))
+
+
+def uniforms(seed, rows, length):
+    """(len(rows), length) numbers in [0, 1). Each row's depend on (seed, row) alone, never on the rank or the batch.
+
+    rows: a tuple of integers for each row, e.g. (step, example, sample)."""
+    return torch.stack([noise((seed, *row), length) for row in rows])
+
+
 def order(n, seed, epoch):
     """The epoch's permutation of n rows; the same on every rank."""
     return np.random.default_rng([seed, epoch]).permutation(n)
@@ -314,19 +353,22 @@ def index_batches(records, size, seed, start=0, window=16):
         skip = 0
 
 
-def batches(records, processor, size, seed, start=0, rank=0, world=1, refused=None):
+def batches(records, processor, size, seed, start=0, rank=0, world=1, refused=None, kind=0):
     """Yield Batches of `size` rows of similar length for rank `rank` of `world`, forever.
 
     start: rows drawn so far by all ranks together. A row that cannot be used is replaced by the next one of the file
     that can, and its reason goes into the set `refused` (without a set it is raised). Which row stands in depends on
-    the row alone, so that resume and ranks change nothing."""
-    picked = []
-    for n, i in enumerate(index_batches(records, size * world, seed, start)):
+    the row alone, so that resume and ranks change nothing. The noise of a row depends on the seed, on `kind` (a number
+    for each file that a run reads) and on how many rows were drawn before it, which is its step and its place in the
+    global batch."""
+    picked, draws = [], []
+    for n, i in enumerate(index_batches(records, size * world, seed, start), start):
         if n % world == rank:
             picked.append(usable(records, processor, int(i), refused))
+            draws.append((seed, kind, n))
         if len(picked) == size:
-            yield processor.collate(picked)
-            picked = []
+            yield processor.collate(picked, draws=draws)
+            picked, draws = [], []
 
 
 def usable(records, processor, i, refused):
@@ -339,34 +381,3 @@ def usable(records, processor, i, refused):
                 raise
             refused.add(str(e))
     raise DataError(f"{records.path}: no row can be used; the first reason: {min(refused)}")
-
-
-# --------------------------------------------------------------------------------------------- before the first step
-@dataclass
-class Scan:
-    """What a look at the rows of a file found. usable: int64 row numbers (from 0). refused: {row number: reason}."""
-
-    path: Path
-    usable: np.ndarray
-    refused: dict
-
-    def __str__(self):
-        """For the console: how many rows are refused, and the first three kinds of reasons. Empty without any."""
-        return refusals(self.path, len(self.usable) + len(self.refused), self.refused.values())
-
-
-def scan(records, processor, prompt_only=False, rows=None, decode=False, strict=False):
-    """Read rows before a run needs them -> Scan. rows: numbers from 0; all by default.
-
-    Each row is read, checked, rendered and tokenised; of its images the header is read. decode: decode them as well,
-    where nothing may stand in for a row later on. strict: raise the first DataError."""
-    usable, refused = [], {}
-    for i in range(len(records)) if rows is None else rows:
-        try:
-            (processor.example if decode else processor.check)(records[i], prompt_only)
-            usable.append(i)
-        except DataError as e:
-            if strict:
-                raise
-            refused[int(i)] = str(e)
-    return Scan(records.path, np.array(usable, dtype=np.int64), refused)

@@ -34,9 +34,9 @@ import checkpoint
 import common
 import plots
 from common import Everywhere, option
-from data import DataError, Processor
+from data import DataError, Processor, uniforms
 from rewards import EmbeddingJudge, judge_ratio, judgements, load_judge, ngram_embed, rollout_diversity
-from rollout import decode, rollout, uniforms
+from rollout import decode, rollout
 from vlm import VLM
 
 # a_val and b_val: the validation sets, to choose settings on

@@ -87,7 +87,7 @@ def projector_loss(projector, vlm, processor, batch, h_BTD):
     """L_proj1 = L_t2vt + L_vt2t of a paired batch, whose states with the image are h_BTD.
 
     The same dialogues are encoded once more without their images; text tokens behind the image count.
-    -> (L_proj1, squared error a dimension of P and of the identity: all summed over counted tokens; their count)."""
+    -> (L_proj1, squared error a dimension of P and of the identity), all summed over counted tokens."""
     view, index_BS, after_BS = processor.text_view(batch)
     with torch.no_grad():
         h_T = vlm(view)
@@ -96,16 +96,17 @@ def projector_loss(projector, vlm, processor, batch, h_BTD):
     with torch.no_grad():
         error = ((projector.P.mean(h_T) - h_VT)[after_BS] ** 2).mean(-1).sum()
         identity = ((h_T - h_VT)[after_BS] ** 2).mean(-1).sum()
-    return loss, error, identity, after_BS.sum()
+    return loss, error, identity
 
 
 # ------------------------------------------------------------------------------------------------------------- codebook
-def straight_through_gumbel(logits_BTK, tau=2.0):
+def straight_through_gumbel(logits, u, tau=2.0):
     """One-hot of argmax(logits + g), g ~ Gumbel(0, 1), whose gradient is that of softmax((logits + g) / tau).
-    float32."""
-    u = torch.rand_like(logits_BTK).clamp_(1e-9, 1 - 1e-7)
-    soft = F.softmax((logits_BTK - torch.log(-torch.log(u))) / tau, -1)
-    hard = F.one_hot(soft.argmax(-1), logits_BTK.shape[-1]).to(soft.dtype)
+
+    u: uniforms in [0, 1), from which g = -log(-log u) is made; logits and u (..., K) float32."""
+    u = u.clamp(1e-9, 1 - 1e-7)
+    soft = F.softmax((logits - torch.log(-torch.log(u))) / tau, -1)
+    hard = F.one_hot(soft.argmax(-1), logits.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())  # in this order: (1 + soft) - soft is 0.9999999 at times
 
 
@@ -139,9 +140,11 @@ class GumbelQuantiser(nn.Module):
         """-> codes (...) int64, without noise."""
         return logits.argmax(-1)
 
-    def forward(self, logits_MK):
-        """-> (code vectors (M, D) drawn with noise, codes (M,) chosen without, auxiliary loss summed over M)."""
-        c_MD = straight_through_gumbel(logits_MK, self.tau) @ self.vectors()
+    def forward(self, logits_MK, u_MK):
+        """u_MK: uniforms in [0, 1), the noise.
+
+        -> (code vectors (M, D) drawn with noise, codes (M,) chosen without, auxiliary loss summed over M)."""
+        c_MD = straight_through_gumbel(logits_MK, u_MK, self.tau) @ self.vectors()
         return c_MD, self.choose(logits_MK), -self.entropy_bonus * entropy(logits_MK).sum()
 
 
@@ -358,17 +361,16 @@ def inverse_loss(latent, vlm, e_BTD, batch):
     """L_inverse = - sum_t log f_world(x_{t+1} | e_t, a_t), a_t = f_inverse(e_{t+1}).
 
     Counted where x_{t+1} is a token to be explained (a response); the world model runs only there.
-    -> dict: nll and the quantiser's auxiliary loss, both summed over M explained tokens; count = M; codes (M,) chosen
-    without noise; entropy, the sum of the inverse model's entropies in nats, without gradient."""
-    explained = batch.response_BT[:, 1:]  # position t counts where token t+1 is explained
+    -> dict: nll and the quantiser's auxiliary loss, both summed over M explained tokens; codes (M,) chosen without
+    noise; entropy, the sum of the inverse model's entropies in nats, without gradient."""
+    explained = batch.explained_BT  # position t counts where token t+1 is explained
     logits_MK = latent.inverse_logits(e_BTD)[explained]
-    c_MD, codes_M, auxiliary = latent.quantiser(logits_MK)
+    c_MD, codes_M, auxiliary = latent.quantiser(logits_MK, batch.uniforms(logits_MK.shape[-1]))
     y_MD = latent.speak(e_BTD[:, :-1][explained], c_MD)
     nll = next_token_loss(vlm.head, y_MD, batch.ids_BT[:, 1:][explained])
     return {
         "nll": nll,
         "auxiliary": auxiliary,
-        "count": explained.sum(),
         "codes": codes_M,
         "entropy": entropy(logits_MK.detach()).sum(),
     }

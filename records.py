@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -251,3 +252,34 @@ class Records:
                 cure = "move it there, or allow it with --allow-outside"
                 raise DataError(f"{where}: the image {name[:200]} lies outside the folder of the file; {cure}")
         return path
+
+
+# --------------------------------------------------------------------------------------------- before the first step
+@dataclass
+class Scan:
+    """What a look at the rows of a file found. usable: int64 row numbers (from 0). refused: {row number: reason}."""
+
+    path: Path
+    usable: np.ndarray
+    refused: dict
+
+    def __str__(self):
+        """For the console: how many rows are refused, and the first three kinds of reasons. Empty without any."""
+        return refusals(self.path, len(self.usable) + len(self.refused), self.refused.values())
+
+
+def scan(records, processor, prompt_only=False, rows=None, decode=False, strict=False):
+    """Read rows before a run needs them -> Scan. rows: numbers from 0; all by default.
+
+    Each row is read, checked, rendered and tokenised; of its images the header is read. decode: decode them as well,
+    where nothing may stand in for a row later on. strict: raise the first DataError."""
+    usable, refused = [], {}
+    for i in range(len(records)) if rows is None else rows:
+        try:
+            (processor.example if decode else processor.check)(records[i], prompt_only)
+            usable.append(i)
+        except DataError as e:
+            if strict:
+                raise
+            refused[int(i)] = str(e)
+    return Scan(records.path, np.array(usable, dtype=np.int64), refused)

@@ -12,7 +12,6 @@ said so far.
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
@@ -90,14 +89,6 @@ def sample(logp_NK, u_N):
     cdf = logp_NK.exp().cumsum(-1)
     pick = torch.searchsorted(cdf, u_N.clamp(max=1 - 1e-6)[:, None] * cdf[:, -1:], right=True)
     return pick[:, 0].clamp(max=logp_NK.shape[-1] - 1)
-
-
-def uniforms(seed, rows, length):
-    """(len(rows), length) numbers in [0, 1). Each row's depend on (seed, row) alone, never on the rank or the batch.
-
-    rows: a tuple of integers for each row, e.g. (step, example, sample)."""
-    drawn = [np.random.default_rng([seed, *row]).random(length, dtype=np.float32) for row in rows]
-    return torch.from_numpy(np.stack(drawn))
 
 
 def choose(logits_NK, u_N, temperature, top_k, never=None):

@@ -37,6 +37,7 @@ class Config(Everywhere):
     mean: str = option("skip", "mu = x + MLP(x), or the paper's mu = MLP(x)", choices=("skip", "mlp"), paper="mlp")
     steps: int = option(300, "optimizer steps; paper: 220,000 pairs, once, at 16 a step", least=1, paper=13750)
     batch: int = option(16, "dialogues a step and rank; paper: on 4 ranks", least=1, paper=4)
+    micro: int = option(0, "most rows in a backward pass; 0: all. Changes memory, not the result")
     lr: float = option(1e-3, "peak learning rate", paper=1e-3)
     clip_norm: float = option(0.0, "gradients are clipped to this norm; 0: they are not")
     max_length: int = option(512, "tokens a dialogue, image included", least=1, paper=2048)
@@ -56,14 +57,15 @@ def train(cfg, guard, place):
         tensors, state, going_on = saved
         start = state["step"]
         checkpoint.load_into(projector, {k.removeprefix("projector."): v for k, v in tensors.items()}, cfg.out)
-        step_weights.optimizer.load_state_dict(going_on["optimizer"])
+        step_weights.load_state_dict(going_on["optimizer"])
     common.report(step_weights.params, vlm)
 
-    def loss_fn(projector, batch):
+    def loss_fn(projector, given, norms):
+        (batch,), (norm,) = given, norms
         with torch.no_grad():
             h_BTD = vlm(batch)
-        loss, error, identity, count = projector_loss(projector, vlm, processor, batch, h_BTD)
-        return loss * common.share(count), torch.stack([error.float(), identity.float(), count.float()])
+        loss, error, identity = (x * norm for x in projector_loss(projector, vlm, processor, batch, h_BTD))
+        return loss, {"mse": error, "mse_identity": identity}
 
     objective, refused = common.wrap(projector, loss_fn), common.reasons(cfg)
     drawn = start * cfg.batch * place.ranks
@@ -73,20 +75,19 @@ def train(cfg, guard, place):
         rate = min((step + 1) / (0.1 * cfg.steps), (cfg.steps - step) / (0.9 * cfg.steps))
         step_weights.rate(cfg.lr * rate)
         batch = next(stream).to(place.device)
-        with place.autocast():
-            loss, sums = objective(batch)
-        loss.backward()
+        norm = common.share(processor.behind_image(batch).sum())
+        sums = common.gradients(place, objective, [batch], [norm], cfg.micro)
         step_weights(batch.records)
 
-        error, identity, count = common.total(sums)
-        metrics = common.mean_over_ranks({"proj_nll": loss}) | {"mse": error / count, "mse_identity": identity / count}
+        metrics = common.mean_over_ranks(sums)
+        metrics["proj_nll"] = metrics.pop("loss")
         shown = ("proj_nll", "mse", "mse_identity")
         log(step + 1, shown, **metrics, refused=common.total(len(refused or ())), skipped=step_weights.skipped)
         last = step + 1 == cfg.steps
         if last or guard.asked() or (step + 1) % cfg.save_every == 0:
             tensors = {f"projector.{k}": v for k, v in projector.state_dict().items()}
             state = {"stage": "stage1_projector", "finished": last, "config": asdict(cfg)}
-            checkpoint.save(cfg.out, step + 1, tensors, state, step_weights.optimizer, keep=cfg.keep)
+            checkpoint.save(cfg.out, step + 1, tensors, state, step_weights, keep=cfg.keep)
             guard.leave_if_asked()
     log.close()
     common.tell_refused(records, refused)

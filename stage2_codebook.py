@@ -55,6 +55,7 @@ class Config(Everywhere):
     steps_a: int = option(150, "phase a; paper: 220,000 pairs, once, at 16 a step", paper=13750)
     steps_b: int = option(300, "phase b; paper: 300,000 texts, once, at 16 a step", paper=18750)
     batch: int = option(12, "dialogues a step and rank, of each kind; paper: on 4 ranks", least=1, paper=4)
+    micro: int = option(0, "most rows in a backward pass; 0: all. Changes memory, not the result")
     lr: float = option(1e-3, "peak learning rate; a: cosine to a tenth, b: 10% warm-up", paper=1e-4)
     clip_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
     tau: float = option(2.0, "temperature of the Gumbel-softmax", above=0.0, paper=2.0)
@@ -78,9 +79,22 @@ def trainable_parts(phase, without="nothing"):
     return parts if phase == "a" or without in ("projector", "text") else parts + ("projector",)
 
 
-def joint_loss(latent, vlm, processor, paired, text, cfg):
-    """One step's loss -> (scalar, metrics, codes used by name). `text` None: phase a."""
-    metrics, loss, used, h = {}, 0.0, {}, {}
+def normalisers(processor, paired, text):
+    """What the sums of `joint_loss` are multiplied by, see common.share. `text` None: phase a."""
+    counts = {"paired": paired.explained_BT.sum()}
+    if text is not None:
+        counts |= {"text": text.explained_BT.sum()}
+        counts |= {"proj": processor.behind_image(paired).sum(), "cycle": text.mask_BT.sum()}
+    return {name: common.share(count) for name, count in counts.items()}
+
+
+def joint_loss(latent, vlm, processor, paired, text, cfg, norms=None):
+    """One step's loss -> (scalar, metrics). `text` None: phase a. norms: `normalisers` of the step of which these rows
+    are a part; by default they are all of it.
+
+    In the metrics, used_paired and used_text count how often each code was chosen, without noise: (K,) int64."""
+    norms = norms or normalisers(processor, paired, text)
+    metrics, loss, h = {}, 0.0, {}
     for name, batch in (("paired", paired), ("text", text)):
         if batch is None:
             continue
@@ -88,32 +102,31 @@ def joint_loss(latent, vlm, processor, paired, text, cfg):
             h[name] = vlm(batch)
             e_BTD = latent.context(h[name], batch.paired_B)  # detached: L_inverse does not train P
         inverse = inverse_loss(latent, vlm, e_BTD, batch)
-        norm = common.share(inverse["count"])
-        loss = loss + (inverse["nll"] + inverse["auxiliary"]) * norm
-        metrics[f"nll_{name}"] = (inverse["nll"] * norm).detach()
-        metrics["entropy"] = inverse["entropy"] * norm
-        used[name] = inverse["codes"]
+        loss = loss + (inverse["nll"] + inverse["auxiliary"]) * norms[name]
+        metrics[f"nll_{name}"] = inverse["nll"].detach() * norms[name]
+        metrics["entropy"] = inverse["entropy"] * norms[name]
+        metrics[f"used_{name}"] = torch.bincount(inverse["codes"], minlength=latent.quantiser.codes)
     if text is not None and cfg.without != "projector":
-        proj, _, _, count = projector_loss(latent.projector, vlm, processor, paired, h["paired"])
-        proj = proj * common.share(count)
-        cycle = latent.projector.cycle_loss(h["text"], text.mask_BT) * common.share(text.mask_BT.sum())
+        proj = projector_loss(latent.projector, vlm, processor, paired, h["paired"])[0] * norms["proj"]
+        cycle = latent.projector.cycle_loss(h["text"], text.mask_BT) * norms["cycle"]
         loss = loss + cfg.projector_weight * (proj + cycle * (cfg.without != "cycle"))
         metrics |= {"cycle": cycle.detach(), "proj": proj.detach()}
-    return loss, metrics, used
+    return loss, metrics
 
 
 class Usage:
     """How often each code was chosen over the last `window` steps: codes used, and perplexity exp(H(usage))."""
 
-    def __init__(self, codes, window, recent=None):
+    def __init__(self, window, recent=None):
         """recent: {name: counts (K,) of each of the last steps}, where an earlier run stopped."""
-        self.codes, self.window, self.recent = codes, window, recent or {}
+        self.window, self.recent = window, recent or {}
 
     def __call__(self, used):
+        """used: {name: counts (K,) of this step on this rank}. -> {codes_NAME, perplexity_NAME}"""
         out = {}
-        for name, a in used.items():
+        for name, count_K in used.items():
             recent = self.recent.setdefault(name, [])
-            recent.append(common.total(torch.bincount(a, minlength=self.codes)).float())
+            recent.append(common.total(count_K).float())
             del recent[: -self.window]
             p = sum(recent) / sum(recent).sum()
             out |= {f"codes_{name}": (p > 0).sum(), f"perplexity_{name}": torch.exp(-(p * (p + 1e-12).log()).sum())}
@@ -126,13 +139,15 @@ def validate(latent, vlm, processor, records, place, size=16):
     noise); with random ones."""
     sums, count = Counter(), 0
     for i in range(0, len(records), size):
-        batch = processor.collate([processor.example(r) for r in records[i : i + size]]).to(place.device)
+        some = records[i : i + size]
+        draws = [(i + b,) for b in range(len(some))]
+        batch = processor.collate([processor.example(r) for r in some], draws=draws).to(place.device)
         with place.autocast():
             h_BTD = vlm(batch)
-            e_BTD, explained = latent.context(h_BTD, batch.paired_B), batch.response_BT[:, 1:]
+            e_BTD, explained = latent.context(h_BTD, batch.paired_B), batch.explained_BT
             e_MD, ids_M = e_BTD[:, :-1][explained], batch.ids_BT[:, 1:][explained]
             a_M = latent.infer_codes(e_BTD)[explained]
-            random_M = torch.randint_like(a_M, latent.quantiser.codes)
+            random_M = (batch.uniforms(1)[:, 0] * latent.quantiser.codes).long()
             states = {
                 "vlm": h_BTD[:, :-1][explained],
                 "inferred": latent.speak(e_MD, a_M),
@@ -164,9 +179,9 @@ class Run:
         if saved := checkpoint.resume(cfg.out, "stage2_codebook", asdict(cfg), may_grow=("steps_b",)):
             checkpoint.load_into(self.latent, saved[0], cfg.out, PARTS)
             self.start, self.going_on = saved[1]["step"], saved[2]
-        common.seed_noise(cfg.seed, place.rank, self.start, self.going_on)
         self.log = common.Log(cfg.out, "stage 2: codebook", self.start, self.steps)
-        self.usage = Usage(cfg.codes, cfg.window, self.going_on and self.going_on["extra"])
+        self.skipped = 0
+        self.usage = Usage(cfg.window, self.going_on and self.going_on["extra"])
         self.refused = {k: common.reasons(cfg) for k in self.train}
         self.streams = self.data()
 
@@ -196,8 +211,9 @@ class Run:
                 self.place.rank,
                 self.place.ranks,
                 refused=self.refused[k],
+                kind=kind,
             )
-            for k in self.train
+            for kind, k in enumerate(self.train)
         }
 
     def next(self, kind):
@@ -227,30 +243,33 @@ def train_phase(run, phase, begin, end):
     latent.train_only(*trainable_parts(phase, cfg.without))
     step_weights = common.Stepper([p for p in latent.parameters() if p.requires_grad], cfg.lr, cfg.clip_norm)
     common.report(step_weights.params, run.vlm, latent)
+    step_weights.skipped = run.skipped
     if run.going_on and begin < run.start:
-        step_weights.optimizer.load_state_dict(run.going_on["optimizer"])
+        step_weights.load_state_dict(run.going_on["optimizer"])
 
-    def loss_fn(latent, paired, text):
-        return joint_loss(latent, run.vlm, run.processor, paired, text, cfg)
+    def loss_fn(latent, given, norms):
+        paired, text = given if len(given) == 2 else (*given, None)
+        return joint_loss(latent, run.vlm, run.processor, paired, text, cfg, norms)
 
     objective, steps = common.wrap(latent, loss_fn), end - begin
+    kinds = ["paired"] if phase == "a" or cfg.without == "text" else ["paired", "text"]
     for step in range(max(begin, run.start), end):
         done = (step - begin) / steps
         rate = common.cosine(done) if phase == "a" else common.warmup(done, steps, 0.1)
         step_weights.rate(cfg.lr * rate)
-        paired = run.next("paired")
-        text = run.next("text") if phase == "b" and cfg.without != "text" else None
-        with run.place.autocast():
-            loss, metrics, used = objective(paired, text)
-        loss.backward()
-        step_weights(paired.records + (text.records if text else []))
+        given = [run.next(kind) for kind in kinds]
+        norms = normalisers(run.processor, *given, *[None] * (2 - len(given)))
+        sums = common.gradients(run.place, objective, given, norms, cfg.micro)
+        step_weights([record for batch in given for record in batch.records])
 
-        metrics = common.mean_over_ranks({"loss": loss} | metrics) | run.usage(used)
+        used = {kind: sums.pop(f"used_{kind}") for kind in kinds}
+        metrics = common.mean_over_ranks(sums) | run.usage(used)
         metrics |= {f"refused_{k}": common.total(len(r or ())) for k, r in run.refused.items()}
         shown = ("nll_paired", "nll_text", "codes_paired", "codes_text", "perplexity_text")
         run.log(step + 1, shown, **metrics, skipped=step_weights.skipped)
         if step + 1 == end or run.guard.asked() or (step + 1) % cfg.save_every == 0:
-            run.save(step + 1, step_weights.optimizer)
+            run.save(step + 1, step_weights)
+    run.skipped = step_weights.skipped
 
 
 def train(cfg, guard, place):

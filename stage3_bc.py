@@ -45,6 +45,7 @@ class Config(Everywhere):
     steps_adapt: int = option(75, "adaptation, or SFT; 75 steps of 16 are 3 epochs of 400 demonstrations")
     batch: int = option(12, "cloning: dialogues a step and rank, of each kind; paper: on 4 ranks", least=1, paper=4)
     batch_adapt: int = option(16, "adaptation and SFT: demonstrations a step and rank", least=1)
+    micro: int = option(0, "most rows in a backward pass; 0: all. Changes memory, not the result")
     lr: float = option(1e-3, "cloning, peak, cosine to a tenth", paper=1e-4)
     lr_adapt: float = option(3e-4, "adaptation and SFT, peak, 3% warm-up, then cosine", paper=5e-5)
     clip_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
@@ -61,16 +62,15 @@ class Config(Everywhere):
 
 # ----------------------------------------------------------------------------------------------------------- the losses
 def bc_loss(latent, e_BTD, batch, codes_M):
-    """L_bc = - sum log pi(a*_t | e_{<=t}) over explained tokens -> (sum, hits: policy's arg max is a*, count).
+    """L_bc = - sum log pi(a*_t | e_{<=t}) over explained tokens -> (sum, hits: policy's arg max is a*).
 
     codes_M: a*, the arg max of f_inverse at those tokens, not a sample of it. The inverse model's softmax is kept
     undecided on purpose (noise and entropy bonus): it says how sure the inverse model is, not how often speakers
     choose. A sampled label would teach the policy that blur. The arg max gives like events like labels, and what the
     policy then leaves open is what the context leaves open: several things could be said next."""
-    explained = batch.response_BT[:, 1:]
-    logits_MK = latent.policy(e_BTD)[:, :-1][explained]
+    logits_MK = latent.policy(e_BTD)[:, :-1][batch.explained_BT]
     hits = (logits_MK.argmax(-1) == codes_M).sum()
-    return F.cross_entropy(logits_MK, codes_M, reduction="sum"), hits, explained.sum()
+    return F.cross_entropy(logits_MK, codes_M, reduction="sum"), hits
 
 
 def context_of(latent, vlm, batch):
@@ -79,37 +79,38 @@ def context_of(latent, vlm, batch):
         return latent.context(vlm(batch), batch.paired_B)
 
 
-def clone_loss(latent, vlm, given):
-    """L_bc -> (scalar, metrics); given: {name: Batch}, each with its own mean over its tokens, weight 1."""
+def clone_loss(latent, vlm, given, norms):
+    """L_bc -> (scalar, metrics); given: {name: Batch}, each with its own mean over its tokens, weight 1; norms: one for
+    each, see common.share."""
     loss, metrics = 0.0, {}
-    for name, batch in given.items():
+    for (name, batch), norm in zip(given.items(), norms):
         e_BTD = context_of(latent, vlm, batch)
         with torch.no_grad():
-            codes_M = latent.infer_codes(e_BTD)[batch.response_BT[:, 1:]]
-        bc, hits, count = bc_loss(latent, e_BTD, batch, codes_M)
-        norm = common.share(count)
+            codes_M = latent.infer_codes(e_BTD)[batch.explained_BT]
+        bc, hits = bc_loss(latent, e_BTD, batch, codes_M)
         loss = loss + bc * norm
         metrics |= {f"bc_{name}": (bc * norm).detach(), f"agree_{name}": hits * norm}
     return loss, metrics
 
 
-def adapt_loss(latent, vlm, batch):
+def adapt_loss(latent, vlm, batch, norm):
     """L_bc + L_inverse on demonstrations -> (scalar, metrics). The inverse dynamics runs once, for both."""
     e_BTD = context_of(latent, vlm, batch)
     inverse = inverse_loss(latent, vlm, e_BTD, batch)
-    bc, hits, count = bc_loss(latent, e_BTD, batch, inverse["codes"])
-    norm = common.share(count)
+    bc, hits = bc_loss(latent, e_BTD, batch, inverse["codes"])
     loss = bc * norm + (inverse["nll"] + inverse["auxiliary"]) * norm
     nll = (inverse["nll"] * norm).detach()
     return loss, {"bc_demos": (bc * norm).detach(), "agree_demos": hits * norm, "nll": nll}
 
 
-def sft_loss(vlm, batch):
+def sft_loss(vlm, batch, norm):
     """Mean next-token cross-entropy of the VLM on the demonstrations' responses -> (scalar, metrics)."""
-    explained = batch.response_BT[:, 1:]
-    nll = next_token_loss(vlm.head, vlm(batch)[:, :-1][explained], batch.ids_BT[:, 1:][explained])
-    nll = nll * common.share(explained.sum())
+    explained = batch.explained_BT
+    nll = next_token_loss(vlm.head, vlm(batch)[:, :-1][explained], batch.ids_BT[:, 1:][explained]) * norm
     return nll, {"nll": nll.detach()}
+
+
+KINDS = ("paired", "text", "demos")  # the files of this stage
 
 
 def trainable_parts(phase):
@@ -139,7 +140,6 @@ class Run:
             else:
                 checkpoint.load_into(self.latent, saved[0], cfg.out)
             self.start, self.going_on = saved[1]["step"], saved[2]
-        common.seed_noise(cfg.seed, place.rank, self.start, self.going_on)
         self.log = common.Log(cfg.out, f"stage 3: {'SFT' if self.is_token else 'policy'}", self.start, self.steps)
         self.refused = {k: common.reasons(cfg) for k in self.files}
 
@@ -161,31 +161,32 @@ class Run:
         return before
 
     def train(self, kinds, size, begin, end, peak, loss_fn, rate):
-        """Steps begin..end on `size` rows of each of `kinds`: loss_fn(model, *batches), learning rate peak *
+        """Steps begin..end on `size` rows of each of `kinds`: loss_fn(model, batches, norms), learning rate peak *
         rate(done)."""
         cfg, place, model = self.cfg, self.place, self.vlm if self.is_token else self.latent
         step_weights = common.Stepper([p for p in model.parameters() if p.requires_grad], peak, cfg.clip_norm)
         common.report(step_weights.params, self.vlm, *([] if self.is_token else [self.latent]))
         if self.going_on and begin < self.start:
-            step_weights.optimizer.load_state_dict(self.going_on["optimizer"])
+            step_weights.load_state_dict(self.going_on["optimizer"])
         objective = common.wrap(model, loss_fn)
         first = max(begin, self.start)
         drawn = (first - begin) * size * place.ranks
         at = (size, cfg.seed, drawn, place.rank, place.ranks)
-        streams = [batches(self.files[k], self.processor, *at, refused=self.refused[k]) for k in kinds]
+        streams = [
+            batches(self.files[k], self.processor, *at, refused=self.refused[k], kind=KINDS.index(k)) for k in kinds
+        ]
         for step in range(first, end):
             step_weights.rate(peak * rate((step - begin) / (end - begin)))
             given = [next(s).to(place.device) for s in streams]
-            with place.autocast():
-                loss, metrics = objective(*given)
-            loss.backward()
+            norms = [common.share(batch.explained_BT.sum()) for batch in given]
+            sums = common.gradients(place, objective, given, norms, cfg.micro)
             step_weights([r for batch in given for r in batch.records])
 
-            shown = [k for k in metrics if k.startswith(("bc", "agree", "nll"))]
-            metrics = common.mean_over_ranks({"loss": loss} | metrics) | {"refused": common.total(len(self.reasons()))}
+            shown = [k for k in sums if k.startswith(("bc", "agree", "nll"))]
+            metrics = common.mean_over_ranks(sums) | {"refused": common.total(len(self.reasons()))}
             self.log(step + 1, shown, **metrics, skipped=step_weights.skipped)
             if step + 1 == end or self.guard.asked() or (step + 1) % cfg.save_every == 0:
-                self.save(step + 1, step_weights.optimizer)
+                self.save(step + 1, step_weights)
 
     def reasons(self):
         """-> why rows were refused so far, of all files."""
@@ -204,8 +205,8 @@ def clone(run):
     run.latent.train_only(*trainable_parts("clone"))
     kinds = [k for k in ("paired", "text") if k in run.files]
 
-    def loss_fn(latent, *given):
-        return clone_loss(latent, run.vlm, dict(zip(kinds, given)))
+    def loss_fn(latent, given, norms):
+        return clone_loss(latent, run.vlm, dict(zip(kinds, given)), norms)
 
     run.train(kinds, run.cfg.batch, 0, run.cfg.steps_clone, run.cfg.lr, loss_fn, common.cosine)
 
@@ -220,8 +221,8 @@ def adapt(run):
     cfg = run.cfg
     run.latent.train_only(*trainable_parts("adapt"))
 
-    def loss_fn(latent, demos):
-        return adapt_loss(latent, run.vlm, demos)
+    def loss_fn(latent, given, norms):
+        return adapt_loss(latent, run.vlm, *given, *norms)
 
     begin, rate = run.steps - cfg.steps_adapt, adapt_rate(cfg.steps_adapt)
     run.train(["demos"], cfg.batch_adapt, begin, run.steps, cfg.lr_adapt, loss_fn, rate)
@@ -230,8 +231,12 @@ def adapt(run):
 def sft(run):
     """The baseline: the VLM's last blocks learn the task's demonstrations."""
     cfg = run.cfg
+
+    def loss_fn(vlm, given, norms):
+        return sft_loss(vlm, *given, *norms)
+
     rate = adapt_rate(cfg.steps_adapt)
-    run.train(["demos"], cfg.batch_adapt, 0, run.steps, cfg.lr_adapt, sft_loss, rate)
+    run.train(["demos"], cfg.batch_adapt, 0, run.steps, cfg.lr_adapt, loss_fn, rate)
 
 
 def train(cfg, guard, place):

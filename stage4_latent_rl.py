@@ -247,7 +247,7 @@ class Agent:
             common.load_trained(self.vlm, tensors, self.arch["train_share"], cfg.out)
         else:
             checkpoint.load_into(self.latent, tensors, cfg.out)
-        self.step_weights.optimizer.load_state_dict(going_on["optimizer"])
+        self.step_weights.load_state_dict(going_on["optimizer"])
         return state["step"]
 
     def save(self, step):
@@ -257,7 +257,7 @@ class Agent:
         else:
             tensors = common.part_tensors(self.latent, self.latent.parts)
         state = {"stage": "stage4_latent_rl", "finished": step == cfg.steps, "config": asdict(cfg), "arch": self.arch}
-        checkpoint.save(cfg.out, step, tensors, state, self.step_weights.optimizer, keep=cfg.keep)
+        checkpoint.save(cfg.out, step, tensors, state, self.step_weights, keep=cfg.keep)
 
 
 def micro_batches(rows, group, micro):
@@ -284,29 +284,30 @@ def update(agent, objective, roll, adv_N, keep_N):
         return {}
     # DDP averages over ranks, so a rank's normalisers are the global ones / ranks
     weights_NT = token_weights(mask_NT, cfg.loss_type, cfg.max_new, rows / ranks, tokens / ranks)
-    logp_old_NT = torch.zeros_like(roll.logp_NT)
+    logp_old_NT, parts = torch.zeros_like(roll.logp_NT), micro_batches(len(mask_NT), roll.group, cfg.micro)
     for turn in range(cfg.updates):
         sums = torch.zeros(3, device=mask_NT.device)
-        for part in micro_batches(len(mask_NT), roll.group, cfg.micro):
+        for part in parts:
             some, mask = roll.rows(part), mask_NT[part]
-            with agent.place.autocast():
-                (logp, H), logp_ref = objective(some), agent.reference_logp(some)
-            if turn == 0:  # the ratio is exactly 1; the rollout's own logp comes from other kernels, see logp_gap
-                logp_old_NT[part] = logp.detach()
-            loss = policy_loss(
-                logp,
-                logp_old_NT[part],
-                logp_ref,
-                adv_N[part],
-                mask,
-                loss_type=cfg.loss_type,
-                clip_low=cfg.clip_low,
-                clip_high=clip_high,
-                beta=cfg.beta,
-                max_length=cfg.max_new,
-                weights_NT=weights_NT[part],
-            )
-            loss.backward()
+            with common.exchanging(objective, last=part is parts[-1]):
+                with agent.place.autocast():
+                    (logp, H), logp_ref = objective(some), agent.reference_logp(some)
+                if turn == 0:  # the ratio is exactly 1; the rollout's own logp comes from other kernels, see logp_gap
+                    logp_old_NT[part] = logp.detach()
+                loss = policy_loss(
+                    logp,
+                    logp_old_NT[part],
+                    logp_ref,
+                    adv_N[part],
+                    mask,
+                    loss_type=cfg.loss_type,
+                    clip_low=cfg.clip_low,
+                    clip_high=clip_high,
+                    beta=cfg.beta,
+                    max_length=cfg.max_new,
+                    weights_NT=weights_NT[part],
+                )
+                loss.backward()
             with torch.no_grad():
                 ratio = torch.exp(logp - logp_old_NT[part])[mask]
                 clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + clip_high)

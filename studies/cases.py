@@ -169,7 +169,8 @@ class Bench:
         real_BT = (at_T < length).expand(rows, T).clone()
         response_BT = real_BT & (at_T >= length * (1 - response))
         images_B = torch.full((rows,), int(image))
-        batch = Batch(ids_BT.masked_fill(~real_BT, 0), real_BT, response_BT, images_B, pixels, grids, [None] * rows)
+        ids_BT, draws = ids_BT.masked_fill(~real_BT, 0), [(b,) for b in range(rows)]
+        batch = Batch(ids_BT, real_BT, response_BT, images_B, pixels, grids, [None] * rows, draws)
         return batch.to(self.device)
 
     # ------------------------------------------------------------------------------------------------------------ cases
@@ -201,7 +202,8 @@ class Bench:
         given = dict(zip(("paired", "text"), self.pair(padded)))
         if plain:
             return self.trainer(latent, lambda: straightforward.clone_loss(latent, vlm, given))
-        return self.trainer(latent, lambda: stage3_bc.clone_loss(latent, vlm, given)[0])
+        norms = [common.share(batch.explained_BT.sum()) for batch in given.values()]
+        return self.trainer(latent, lambda: stage3_bc.clone_loss(latent, vlm, given, norms)[0])
 
     def settings(self):
         """Of a rollout. There is no EOS: every response has its full length."""

@@ -49,8 +49,9 @@ def inverse_loss(latent, vlm, batch):
     with torch.no_grad():
         h_BTD = vlm(batch)
         e_BTD = latent.context(h_BTD, batch.paired_B)
-    logits_BTK, explained = latent.inverse_logits(e_BTD), batch.response_BT[:, 1:]
-    c_BTD = straight_through_gumbel(logits_BTK, latent.quantiser.tau) @ latent.quantiser.vectors()
+    logits_BTK, explained = latent.inverse_logits(e_BTD), batch.explained_BT
+    u_BTK = torch.rand_like(logits_BTK)
+    c_BTD = straight_through_gumbel(logits_BTK, u_BTK, latent.quantiser.tau) @ latent.quantiser.vectors()
     logits_BTV = world_logits(latent, vlm, e_BTD[:, :-1], c_BTD)
     nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), batch.ids_BT[:, 1:], reduction="none")
     loss_BT = nll_BT - latent.quantiser.entropy_bonus * entropy(logits_BTK)
@@ -82,7 +83,7 @@ def clone_loss(latent, vlm, given):
     this loss does not read them."""
     loss = 0.0
     for batch in given.values():
-        explained = batch.response_BT[:, 1:]
+        explained = batch.explained_BT
         with torch.no_grad():
             a_BT = latent.infer_codes(latent.context(vlm(batch), batch.paired_B))
             e_BTD = latent.context(vlm(batch), batch.paired_B)
@@ -105,7 +106,7 @@ def copies(batch, group):
         patches = [int(grid.prod()) for grid in batch.grids]
         pixels = torch.cat([image for image in pixels.split(patches) for _ in range(group)])
     rows = [repeat(x) for x in (batch.ids_BT, batch.mask_BT, batch.response_BT, batch.images_B)]
-    return Batch(*rows, pixels, repeat(batch.grids), [])
+    return Batch(*rows, pixels, repeat(batch.grids), [], [])
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import checkpoint
 import common
-from data import Batch, Example
-from rollout import rollout, uniforms
+from data import Batch, Example, uniforms
+from rollout import rollout
 from tiny.world import chat, draw_scene, random_question, random_scene
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +77,17 @@ def alone(e):
     ids_BT = torch.from_numpy(e.ids)[None]
     mask_BT, response_BT = torch.ones_like(ids_BT, dtype=torch.bool), torch.from_numpy(e.response)[None]
     images_B = torch.tensor([0 if e.grids is None else len(e.grids)])
-    return Batch(ids_BT, mask_BT, response_BT, images_B, e.pixels, e.grids, [e.record])
+    return Batch(ids_BT, mask_BT, response_BT, images_B, e.pixels, e.grids, [e.record], [(0,)])
+
+
+def shares(*batches):
+    """The norms of these batches, where they are all of a step: 1 / explained tokens each."""
+    return [common.share(batch.explained_BT.sum()) for batch in batches]
+
+
+def no_noise(batch, width):
+    """In place of Batch.uniforms: equal noise everywhere, so that the arg max wins."""
+    return torch.full((int(batch.explained_BT.sum()), width), 0.5)
 
 
 # ----------------------------------------------------------------------------------------------- rollouts

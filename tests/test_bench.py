@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import no_noise, shares
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import model
 import packed_linear
 import rollout
 import stage2_codebook
 import stage3_bc
 import vlm
-from data import DataError
+from data import Batch, DataError
 from packed_linear import PackedLinear
 from studies import bench, straightforward
 from studies.cases import SHAPES, Bench, RandomAgent
@@ -66,7 +66,8 @@ def padded_copy(short, long):
 def test_stage2_step_equals_the_straightforward_way(b, monkeypatch, padded):
     """Without the projector's loss, whose text view differs on purpose (no placeholders), and with Gumbel noise that is
     the same everywhere."""
-    monkeypatch.setattr(model.torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+    monkeypatch.setattr(straightforward.torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+    monkeypatch.setattr(Batch, "uniforms", no_noise)
     b.latent.train_only(*stage2_codebook.trainable_parts("b"))
     cfg = stage2_codebook.Config(projector_weight=0.0)
     paired, text = (cut(batch) for batch in b.pair(False))
@@ -79,7 +80,7 @@ def test_stage2_step_equals_the_straightforward_way(b, monkeypatch, padded):
 def test_stage3_step_equals_the_straightforward_way(b):
     b.latent.train_only("policy")
     given = dict(zip(("paired", "text"), map(cut, b.pair(False))))
-    ours = stage3_bc.clone_loss(b.latent, b.vlm, given)[0]
+    ours = stage3_bc.clone_loss(b.latent, b.vlm, given, shares(*given.values()))[0]
     same(ours, straightforward.clone_loss(b.latent, b.vlm, given), b.latent)
 
 

@@ -39,7 +39,6 @@ def test_what_was_saved_comes_back(tmp_path):
     tensors, was, going_on = newest(tmp_path, True)
     assert tensors["w"].tolist() == [3, 3] and was["step"] == 3 and was["ranks"] == 1
     assert going_on["extra"] == {"seen": [3]} and going_on["optimizer"]["param_groups"]
-    assert torch.equal(going_on["rng"], torch.get_rng_state())
 
 
 def test_the_newest_stay_and_are_sorted_by_number(tmp_path):

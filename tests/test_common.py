@@ -184,18 +184,6 @@ def test_a_step_clips_the_whole_gradient(clip, moved):
     assert norm.item() == 5.0 and p.tolist() == pytest.approx(moved, abs=1e-5) and p.grad is None
 
 
-def test_noise_differs_between_ranks_and_goes_on_after_a_resume():
-    def drawn(rank, start=0, going_on=None):
-        common.seed_noise(0, rank, start, going_on)
-        return torch.rand(3).tolist()
-
-    first = drawn(0)
-    assert drawn(0) == first and drawn(1) != first and drawn(0, start=5) != first
-    saved = {"rng": torch.get_rng_state()}
-    following = torch.rand(3).tolist()
-    assert drawn(0, start=5, going_on=saved) == following
-
-
 # ------------------------------------------------------------------------------------------------ checkpoints
 STATE = {"stage": "stage2_codebook", "finished": True, "config": {"vlm": TINY, "batch": 3}}
 
@@ -249,7 +237,7 @@ def test_resume_goes_on_only_with_the_same_run(tmp_path):
     checkpoint.save(tmp_path, 7, {"w": p}, STATE | {"finished": False}, optimizer)
     tensors, state, extra = checkpoint.resume(tmp_path, "stage2_codebook", {"vlm": TINY, "batch": 3})
     assert tensors["w"].tolist() == [1.0, 1.0] and state["step"] == 7
-    assert extra["optimizer"]["param_groups"][0]["lr"] == 0.5 and torch.equal(extra["rng"], torch.get_rng_state())
+    assert extra["optimizer"]["param_groups"][0]["lr"] == 0.5
     with pytest.raises(DataError, match=r"holds a run with another --batch \(3\)"):
         checkpoint.resume(tmp_path, "stage2_codebook", {"vlm": TINY, "batch": 4})
     with pytest.raises(DataError, match="holds a run of stage2_codebook"):

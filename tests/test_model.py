@@ -7,12 +7,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CODES, alone, assert_only, close, names_of, picked, question, shake, snapshot, take_step
+from helpers import (
+    CODES,
+    alone,
+    assert_only,
+    close,
+    names_of,
+    no_noise,
+    picked,
+    question,
+    shake,
+    shares,
+    snapshot,
+    take_step,
+)
 
-import model
 import stage2_codebook
 import stage3_bc
-from data import Example
+from data import Batch, Example, uniforms
 from model import (
     Gaussian,
     GumbelQuantiser,
@@ -24,7 +36,7 @@ from model import (
     projector_loss,
     straight_through_gumbel,
 )
-from rollout import action_logits, rollout, uniforms
+from rollout import action_logits, rollout
 
 LN = math.log
 
@@ -103,12 +115,12 @@ def test_projector_loss_compares_a_dialogue_with_itself_without_its_images(vlm, 
     projector, batch = shake(Projector(width), 0.02), processor.collate(rows)
     with torch.no_grad():
         h_BTD = vlm(batch)
-    loss, error, identity, count = projector_loss(projector, vlm, processor, batch, h_BTD)
+    loss, error, identity = projector_loss(projector, vlm, processor, batch, h_BTD)
     pairs = [states_with_and_without(vlm, processor, e) for e in rows]
     h_VT, h_T = (torch.cat(states) for states in zip(*pairs))
     every = torch.ones(len(h_T), dtype=torch.bool)
     want = normal_nll(h_VT, *projector.P(h_T), every) + normal_nll(h_T, *projector.P_back(h_VT), every)
-    assert count == len(h_T) and loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert processor.behind_image(batch).sum() == len(h_T) and loss.item() == pytest.approx(want.item(), rel=1e-4)
     assert identity.item() == pytest.approx(((h_T - h_VT) ** 2).sum().item() / width, rel=1e-3)
     assert error.item() == pytest.approx(((projector.P.mean(h_T) - h_VT) ** 2).sum().item() / width, rel=1e-3)
     loss.backward()
@@ -116,12 +128,11 @@ def test_projector_loss_compares_a_dialogue_with_itself_without_its_images(vlm, 
 
 
 # --------------------------------------------------------------------------------------------------- codebook
-def test_gumbel_forward_is_one_hot_and_gradient_that_of_the_softmax(monkeypatch):
+def test_gumbel_forward_is_one_hot_and_gradient_that_of_the_softmax():
     torch.manual_seed(6)
     logits, tau = torch.randn(4, 50, 8, requires_grad=True), 2.0
     u, outward = torch.rand(4, 50, 8), torch.randn(4, 50, 8)
-    monkeypatch.setattr(model.torch, "rand_like", lambda x: u.clone())
-    y = straight_through_gumbel(logits, tau)
+    y = straight_through_gumbel(logits, u, tau)
     noisy = logits.detach() - torch.log(-torch.log(u))
     assert torch.equal(y.detach(), F.one_hot(noisy.argmax(-1), 8).float())  # exactly: no 0.9999999
     (y * outward).sum().backward()
@@ -134,7 +145,7 @@ def test_gumbel_draws_softmax_of_the_logits():
     torch.manual_seed(7)
     n = 40000
     for tau in (0.5, 2.0):  # the temperature shapes the gradient, never the draw
-        y = straight_through_gumbel(torch.tensor([0.0, LN(3)]).expand(1, n, 2), tau)
+        y = straight_through_gumbel(torch.tensor([0.0, LN(3)]).expand(n, 2), torch.rand(n, 2), tau)
         assert abs(y[..., 1].mean() - 0.75) < 3 * math.sqrt(0.75 * 0.25 / n)
 
 
@@ -148,7 +159,7 @@ def test_entropy_by_hand():
 def test_quantiser_gives_rows_of_the_codebook_and_codes_without_noise():
     torch.manual_seed(14)
     q, logits = GumbelQuantiser(8, 5), torch.randn(200, 8)
-    c_MD, codes_M, _ = q(logits)
+    c_MD, codes_M, _ = q(logits, torch.rand_like(logits))
     row_MK = (c_MD[:, None] == q.codebook.weight).all(-1)
     assert (row_MK.sum(1) == 1).all()  # exactly one row each, bit for bit
     assert (row_MK.int().argmax(1) != codes_M).any()  # the vectors are drawn, the codes are not
@@ -160,7 +171,7 @@ def test_quantiser_gives_rows_of_the_codebook_and_codes_without_noise():
 def test_quantiser_s_auxiliary_loss_by_hand():
     q = GumbelQuantiser(2, 5, entropy_bonus=0.5)
     logits = torch.tensor([[0.0, LN(3)], [1.0, 1.0]], requires_grad=True)
-    auxiliary = q(logits)[2]
+    auxiliary = q(logits, torch.rand_like(logits))[2]
     # entropies (ln 4) / 4 + 3/4 ln(4/3) and ln 2, summed; a bonus is a negative loss
     want = -0.5 * (LN(4) / 4 + 0.75 * LN(4 / 3) + LN(2))
     assert auxiliary.item() == pytest.approx(want, abs=1e-6)
@@ -171,7 +182,7 @@ def test_quantiser_s_auxiliary_loss_by_hand():
 def test_quantiser_s_gradients_reach_codebook_and_logits():
     torch.manual_seed(15)
     q, logits, outward = GumbelQuantiser(4, 3), torch.randn(30, 4, requires_grad=True), torch.randn(30, 3)
-    c_MD = q(logits)[0]
+    c_MD = q(logits, torch.rand_like(logits))[0]
     (c_MD * outward).sum().backward()
     drawn = torch.cdist(c_MD.detach(), q.codebook.weight.detach()).argmin(1)
     by_code = torch.stack([outward[drawn == k].sum(0) for k in range(4)])
@@ -194,7 +205,7 @@ class SignQuantiser(torch.nn.Module):
     def choose(self, logits):
         return ((logits[..., :2] > 0) * torch.tensor([1, 2])).sum(-1)
 
-    def forward(self, logits_MK):
+    def forward(self, logits_MK, _):
         soft = torch.tanh(logits_MK[:, :2])
         hard = torch.where(soft > 0, 1.0, -1.0)
         return self.up(hard + soft - soft.detach()), self.choose(logits_MK), 0.1 * (soft**2).sum()
@@ -212,7 +223,7 @@ def with_signs(vlm):
 def test_the_other_quantiser_s_codes_are_its_vectors():
     torch.manual_seed(16)
     q = SignQuantiser(6)
-    vectors, codes, _ = q(torch.randn(50, 4))
+    vectors, codes, _ = q(torch.randn(50, 4), torch.rand(50, 4))
     assert codes.unique().numel() == 4
     close(vectors, q.vectors()[codes], 1e-5)
 
@@ -223,8 +234,8 @@ def test_another_quantiser_trains_in_stage_2(with_signs, vlm, processor, batch_o
     with_signs.train_only(*trained)
     before, text = snapshot(vlm, with_signs), batch_of("text") if phase == "b" else None
     cfg = stage2_codebook.Config()
-    loss, _, used = stage2_codebook.joint_loss(with_signs, vlm, processor, batch_of("paired"), text, cfg)
-    assert all(codes.max() < 4 for codes in used.values())
+    loss, metrics = stage2_codebook.joint_loss(with_signs, vlm, processor, batch_of("paired"), text, cfg)
+    assert all(len(used_K) == 4 for name, used_K in metrics.items() if name.startswith("used"))
     take_step(loss, vlm, with_signs)
     # two of the four logits are not read: their weights have gradient 0, and those of the rest move
     assert_only(before, (vlm, with_signs), names_of(with_signs, *trained))
@@ -236,9 +247,11 @@ def test_another_quantiser_trains_in_stage_3(with_signs, vlm, batch_of, phase):
     with_signs.train_only(*trained)
     before = snapshot(vlm, with_signs)
     if phase == "clone":
-        loss, _ = stage3_bc.clone_loss(with_signs, vlm, {"paired": batch_of("paired"), "text": batch_of("text")})
+        given = {"paired": batch_of("paired"), "text": batch_of("text")}
+        loss, _ = stage3_bc.clone_loss(with_signs, vlm, given, shares(*given.values()))
     else:
-        loss, _ = stage3_bc.adapt_loss(with_signs, vlm, batch_of("task_demos"))
+        demos = batch_of("task_demos")
+        loss, _ = stage3_bc.adapt_loss(with_signs, vlm, demos, *shares(demos))
     take_step(loss, vlm, with_signs)
     assert_only(before, (vlm, with_signs), names_of(with_signs, *trained))
 
@@ -377,7 +390,7 @@ def test_inverse_loss_by_hand(vlm, latent, processor, monkeypatch):
     """Token by token: x_{t+1} is counted where it is of a response, with e_t and the code that sees e_{t+1}."""
     rows = [question(processor, 6, 0, prompt_only=False), question(processor, 7, prompt_only=False)]
     batch = processor.collate(rows)
-    monkeypatch.setattr(model.torch, "rand_like", lambda x: torch.full_like(x, 0.5))  # equal noise: the arg max wins
+    monkeypatch.setattr(Batch, "uniforms", no_noise)
     e_BTD = latent.context(vlm(batch), batch.paired_B)
     got = inverse_loss(latent, vlm, e_BTD, batch)
     nll, H, codes = 0.0, 0.0, []
@@ -390,8 +403,7 @@ def test_inverse_loss_by_hand(vlm, latent, processor, monkeypatch):
             codes.append(int(p.argmax()))
             said = F.log_softmax(vlm.head(latent.speak(e_BTD[b, t], torch.tensor(codes[-1]))), -1)
             nll, H = nll - said[row.ids[t + 1]].item(), H - (p * p.log()).sum().item()
-    assert got["count"] == len(codes) == sum(int(r.response.sum()) for r in rows)
-    assert got["codes"].tolist() == codes
+    assert got["codes"].tolist() == codes and len(codes) == sum(int(r.response.sum()) for r in rows)
     assert got["nll"].item() == pytest.approx(nll, rel=1e-4)
     assert got["entropy"].item() == pytest.approx(H, rel=1e-4)
     assert got["auxiliary"].item() == pytest.approx(-1e-3 * H, rel=1e-4)

@@ -9,7 +9,7 @@ import torch
 from helpers import LAYERS, bias_head, close, draws, extend, generate, picked
 
 import vlm as vlm_module
-from data import Batch
+from data import Batch, uniforms
 from rollout import (
     Rollout,
     action_logits,
@@ -18,7 +18,6 @@ from rollout import (
     sample,
     sampled_logp,
     token_states,
-    uniforms,
 )
 from vlm import log_probs
 
@@ -262,7 +261,8 @@ def hand_made_batch():
     pixels = torch.arange(28.0)[:, None]
     images_B, mask_BT = torch.tensor([0, 1, 2]), torch.ones(3, 5, dtype=torch.bool)
     mask_BT[1, 0] = False
-    return Batch(numbers(3, 5), mask_BT, numbers(3, 5) > 6, images_B, pixels, grids, ["a", "b", "c"])
+    draws, records = [(0,), (1,), (2,)], ["a", "b", "c"]
+    return Batch(numbers(3, 5), mask_BT, numbers(3, 5) > 6, images_B, pixels, grids, records, draws)
 
 
 @pytest.mark.parametrize(

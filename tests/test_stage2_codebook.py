@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import CODES, CPU, assert_only, names_of, snapshot, take_step
+from helpers import CODES, CPU, assert_only, names_of, no_noise, snapshot, take_step
 
-from data import Records
+from data import Batch, Records
 from model import LatentModel, inverse_loss
 from stage2_codebook import Config, Usage, joint_loss, trainable_parts, validate
 from vlm import log_probs
@@ -20,18 +20,18 @@ def test_only_the_phase_s_parts_train(trainee, vlm, processor, batch_of, phase, 
     assert listed == want
     before = snapshot(vlm, trainee)
     text = batch_of("text") if phase == "b" and without != "text" else None
-    loss, _, _ = joint_loss(trainee, vlm, processor, batch_of("paired"), text, Config(without=without))
+    loss, _ = joint_loss(trainee, vlm, processor, batch_of("paired"), text, Config(without=without))
     take_step(loss, vlm, trainee)
     assert_only(before, (vlm, trainee), want)
 
 
 def test_ablations_leave_out_what_they_name(trainee, vlm, processor, batch_of, monkeypatch):
-    monkeypatch.setattr("model.torch.rand_like", lambda x: torch.full_like(x, 0.5))
+    monkeypatch.setattr(Batch, "uniforms", no_noise)
     paired, text = batch_of("paired"), batch_of("text")
 
     def loss(**settings):
         with torch.no_grad():
-            return joint_loss(trainee, vlm, processor, paired, text, Config(**settings))[:2]
+            return joint_loss(trainee, vlm, processor, paired, text, Config(**settings))
 
     def close(a, b):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
@@ -50,16 +50,17 @@ def test_ablations_leave_out_what_they_name(trainee, vlm, processor, batch_of, m
 
 def test_each_kind_of_data_has_its_own_mean(trainee, vlm, processor, batch_of, monkeypatch):
     """L = mean over the paired tokens + mean over the text tokens, bonus included; in phase a the first one alone."""
-    monkeypatch.setattr("model.torch.rand_like", lambda x: torch.full_like(x, 0.5))
+    monkeypatch.setattr(Batch, "uniforms", no_noise)
     paired, text = batch_of("paired"), batch_of("text", 2)
     cfg, means = Config(projector_weight=0.0), []
     with torch.no_grad():
-        both, metrics, used = joint_loss(trainee, vlm, processor, paired, text, cfg)
+        both, metrics = joint_loss(trainee, vlm, processor, paired, text, cfg)
         first = joint_loss(trainee, vlm, processor, paired, None, cfg)[0]
         for batch in (paired, text):
             inverse = inverse_loss(trainee, vlm, trainee.context(vlm(batch), batch.paired_B), batch)
-            means.append((inverse["nll"] + inverse["auxiliary"]) / inverse["count"])
-            assert len(used["paired" if batch is paired else "text"]) == batch.response_BT[:, 1:].sum()
+            means.append((inverse["nll"] + inverse["auxiliary"]) / batch.explained_BT.sum())
+            name = "used_paired" if batch is paired else "used_text"
+            assert torch.equal(metrics[name], torch.bincount(inverse["codes"], minlength=CODES))
     torch.testing.assert_close(both, sum(means))
     torch.testing.assert_close(first, means[0])
     assert metrics["nll_text"] > means[1]  # the bonus is not in the logged loss
@@ -75,13 +76,13 @@ def test_the_inverse_loss_does_not_reach_the_projector(trainee, vlm, processor, 
 
 def test_code_use_by_hand():
     """Over a window of two steps: what the first step used is forgotten at the third."""
-    usage = Usage(codes=4, window=2)
-    one = usage({"text": torch.tensor([0, 0, 1, 1])})
+    usage = Usage(window=2)
+    one = usage({"text": torch.tensor([2, 2, 0, 0])})
     assert one["codes_text"] == 2 and one["perplexity_text"].item() == pytest.approx(2.0, rel=1e-5)
-    two = usage({"text": torch.tensor([2, 2, 2, 2])})
+    two = usage({"text": torch.tensor([0, 0, 4, 0])})
     # use 1/4, 1/4, 1/2: entropy 1/2 ln 4 + 1/2 ln 2 = 3/2 ln 2
     assert two["codes_text"] == 3 and two["perplexity_text"].item() == pytest.approx(2**1.5, rel=1e-5)
-    three = usage({"text": torch.tensor([2]), "paired": torch.tensor([0, 1, 2, 3])})
+    three = usage({"text": torch.tensor([0, 0, 1, 0]), "paired": torch.tensor([1, 1, 1, 1])})
     assert three["codes_text"] == 1 and three["perplexity_text"].item() == pytest.approx(1.0, rel=1e-5)
     assert three["codes_paired"] == 4 and three["perplexity_paired"].item() == pytest.approx(4.0, rel=1e-5)
 

@@ -169,7 +169,7 @@ def loss_of(model, batch, image_id):
         image_grid_thw=batch.grids,
         mm_token_type_ids=(batch.ids_BT == image_id).int(),
     )
-    explained_BT = batch.response_BT[:, 1:]
+    explained_BT = batch.explained_BT
     logits_MV = model.lm_head(out.last_hidden_state[:, :-1][explained_BT])
     return F.cross_entropy(logits_MV, batch.ids_BT[:, 1:][explained_BT])
 

@@ -1,0 +1,71 @@
+"""The log of a run: a progress bar, and metrics.jsonl with a row for each step."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import checkpoint
+
+
+class Log:
+    """One progress bar with the numbers that matter and out/metrics.jsonl with all of them (rank 0 only).
+
+    A run that goes on from step `start` first drops what was logged after it, so that each step stands in the file
+    once."""
+
+    def __init__(self, out, name, start, steps):
+        self.rank0, path = checkpoint.rank() == 0, Path(out) / "metrics.jsonl"
+        self.bar = tqdm(
+            total=steps, initial=start, desc=name, disable=not self.rank0, mininterval=1.0, dynamic_ncols=True
+        )
+        if self.rank0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            cut_back(path, start)
+            self.file = open(path, "a")
+        self.began = time.time()
+
+    def __call__(self, step, shown=(), **metrics):
+        """A number that is not finite is left out: JSON has no word for it."""
+        self.bar.update(1)
+        if self.rank0:
+            row = {k: round(float(v), 6) for k, v in metrics.items()}
+            row = {k: v for k, v in row.items() if math.isfinite(v)}
+            self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.4g}" for k in shown if k in row), refresh=False)
+            row = {"step": step, "seconds": round(time.time() - self.began, 3)} | row
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def close(self):
+        self.bar.close()
+        if self.rank0:
+            self.file.close()
+
+
+def whole_rows(path):
+    """The rows of a metrics.jsonl; a torn one (full disk, power cut) is passed over."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            yield row
+
+
+def cut_back(path, start):
+    """Keep the rows up to step `start`, each once."""
+    if not path.exists():
+        return
+    rows = {row["step"]: row for row in whole_rows(path) if row["step"] <= start}
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(rows[k]) + "\n" for k in sorted(rows)))
+    new.replace(path)
+
+
+def read_metrics(out):
+    """metrics.jsonl -> list of dicts, one a step."""
+    rows = {row["step"]: row for row in whole_rows(Path(out) / "metrics.jsonl")}
+    return [rows[k] for k in sorted(rows)]
