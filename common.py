@@ -283,6 +283,19 @@ def build_latent(vlm, arch, tensors, where, needed):
     return latent
 
 
+SPEAKING = ("projector", "quantiser", "world", "policy")  # the parts of a latent model that a rollout needs
+
+
+def settle(module, dtype):
+    """Frozen weights of linear layers in the dtype of forward passes: autocast would cast them anew at each use.
+
+    `Stack.out` computes in float32, and stays."""
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Linear) and not m.weight.requires_grad and name.split(".")[-1] != "out":
+            m.to(dtype)
+    return module
+
+
 def part_tensors(latent, parts):
     return {n: p for n, p in latent.state_dict().items() if n.split(".")[0] in parts}
 
@@ -299,20 +312,24 @@ def load_trained(vlm, tensors, share, where):
 
 
 def load_agent(run, actions, vlm_name, place):
-    """-> (vlm, latent or None, arch) of a finished stage 3 or 4: what can roll out responses.
+    """-> (vlm, latent or None, arch) of a finished stage 3 or 4: what can roll out responses, and go on training.
 
-    actions 'token': the VLM with the tensors that the run trained. 'latent': the frozen VLM and the latent model."""
+    actions 'token': the VLM with the tensors that the run trained. 'latent': the frozen VLM and the parts of the latent
+    model that speak, of which the policy trains. What trains is float32, all else is in place.dtype."""
     tensors, before = checkpoint.load(run, "--init", ["stage3_bc", "stage4_latent_rl"], vlm_name)
     if before["config"]["actions"] != actions:
         raise DataError(f"--init {run}: was trained with --actions {before['config']['actions']}, not {actions}")
     if actions == "token":
-        vlm = VLM(vlm_name, place.device, torch.float32)
+        vlm = VLM(vlm_name, place.device, place.dtype)
         load_trained(vlm, tensors, before["arch"]["train_share"], run)
-        vlm.requires_grad_(False)
         return vlm, None, before["arch"]
     vlm = VLM(vlm_name, place.device, place.dtype)
-    latent = build_latent(vlm, before["arch"], tensors, run, LatentModel.parts).to(place.device)
-    return vlm, latent.requires_grad_(False), before["arch"]
+    spoken = {k: v for k, v in tensors.items() if k.split(".")[0] in SPEAKING}
+    latent = build_latent(vlm, before["arch"], spoken, run, SPEAKING)
+    del latent.inverse  # it only ever explains what was said
+    latent.to(place.device).train_only("policy")
+    settle(latent, place.dtype)
+    return vlm, latent, before["arch"]
 
 
 # ------------------------------------------------------------------------------------------------------- the data

@@ -205,6 +205,17 @@ class WorldModel(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------- inverse dynamics and policy
+def attend(q, k, v, see, causal):
+    """Attention with more query heads (B, heads, T, size) than key heads (B, kv heads, S, size); see: a mask or None.
+
+    CUDA's fast kernels take a mask or grouped heads, but not both: the slow one would hold all the (T, S) scores in
+    float32. So with a mask the key heads are repeated there."""
+    if see is not None and q.is_cuda:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    grouped = k.shape[1] < q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=see, is_causal=causal, enable_gqa=grouped)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with the VLM's own width and head layout: grouped-query attention, rope, SwiGLU."""
 
@@ -227,8 +238,7 @@ class Block(nn.Module):
         q, k = torch.view_as_real(pairs * turn).flatten(-2).to(v.dtype).split((self.heads, self.kv_heads), 1)
         if cache is not None:
             k, v = cache.update(k, v, index)
-        causal = see is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=see, is_causal=causal, enable_gqa=True)
+        y = attend(q, k, v, see, causal=see is None and T > 1)
         x_BTD = x_BTD + self.o(y.transpose(1, 2).reshape(B, T, -1))
         gate, up = self.gate_up(self.norm2(x_BTD)).chunk(2, -1)
         return x_BTD + self.down(F.silu(gate) * up)
@@ -362,7 +372,7 @@ def inverse_loss(latent, vlm, e_BTD, batch):
 
     Counted where x_{t+1} is a token to be explained (a response); the world model runs only there.
     -> dict: nll and the quantiser's auxiliary loss, both summed over M explained tokens; codes (M,) chosen without
-    noise; entropy, the sum of the inverse model's entropies in nats, without gradient."""
+    noise; logits (M, K) of the inverse model; entropy, the sum of its entropies in nats, without gradient."""
     explained = batch.explained_BT  # position t counts where token t+1 is explained
     logits_MK = latent.inverse_logits(e_BTD)[explained]
     c_MD, codes_M, auxiliary = latent.quantiser(logits_MK, batch.uniforms(logits_MK.shape[-1]))
@@ -372,5 +382,6 @@ def inverse_loss(latent, vlm, e_BTD, batch):
         "nll": nll,
         "auxiliary": auxiliary,
         "codes": codes_M,
+        "logits": logits_MK,
         "entropy": entropy(logits_MK.detach()).sum(),
     }

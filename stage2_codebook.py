@@ -4,7 +4,8 @@ it.
     a_t = f_inverse(e_{t+1}), hard by straight-through Gumbel-softmax (tau 2);  x_{t+1} ~ f_world(e_t, c_{a_t})
     phase a, paired data:               L_inverse = - sum_t log f_world(x_{t+1} | e_t, a_t)
     phase b, paired and text-only data: L_inverse(D^VT) + L_inverse(D^T) + w (L_t2vt + L_vt2t + L_cycle),   w = 1e-5
-    and in both an entropy bonus of 1e-3 times the mean entropy of the inverse model's softmax.
+    and in both an entropy bonus of 1e-3 times the mean entropy of the inverse model's softmax;
+    with --usage-bonus u also u times the entropy of its mean over the batch, for the use of many codes (default 0).
 
 The equations stand in model.py (`inverse_loss`, `GumbelQuantiser`, `projector_loss`); here is how they are put
 together.
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import common
@@ -60,6 +62,7 @@ class Config(Everywhere):
     clip_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
     tau: float = option(2.0, "temperature of the Gumbel-softmax", above=0.0, paper=2.0)
     entropy_bonus: float = option(1e-3, "weight of the inverse model's mean entropy", paper=1e-3)
+    usage_bonus: float = option(0.0, "weight of the entropy of the batch's mean posterior, see usage_entropy")
     projector_weight: float = option(1e-5, "weight of L_t2vt, L_vt2t and L_cycle, which are sums over D", paper=1e-5)
     loss_on: str = option("response", "which tokens are explained", choices=("response", "all"))
     window: int = option(80, "steps over which code use is counted; 80 of 12 are an epoch of the paired data", least=1)
@@ -88,6 +91,17 @@ def normalisers(processor, paired, text):
     return {name: common.share(count) for name, count in counts.items()}
 
 
+def usage_entropy(logits_MK, norm):
+    """H(p) in nats of the mean posterior p = 1/M sum_m softmax(logits_m), over the tokens of all ranks -> scalar.
+
+    It is log K where all codes are used alike, however sure the inverse model is of each token; norm: see common.share.
+    Each rank's part is - sum_k q_k log p_k, q its own share of p. That has the gradient of H(p) with log p held fixed,
+    because sum_k q_k is constant. The mean of the parts is H(p)."""
+    q_K = F.softmax(logits_MK, -1).sum(0) * norm
+    p_K = common.total(q_K) / checkpoint.world_size()
+    return -(q_K * torch.log(p_K + 1e-12)).sum()
+
+
 def joint_loss(latent, vlm, processor, paired, text, cfg, norms=None):
     """One step's loss -> (scalar, metrics). `text` None: phase a. norms: `normalisers` of the step of which these rows
     are a part; by default they are all of it.
@@ -103,6 +117,8 @@ def joint_loss(latent, vlm, processor, paired, text, cfg, norms=None):
             e_BTD = latent.context(h[name], batch.paired_B)  # detached: L_inverse does not train P
         inverse = inverse_loss(latent, vlm, e_BTD, batch)
         loss = loss + (inverse["nll"] + inverse["auxiliary"]) * norms[name]
+        if cfg.usage_bonus:
+            loss = loss - cfg.usage_bonus * usage_entropy(inverse["logits"], norms[name])
         metrics[f"nll_{name}"] = inverse["nll"].detach() * norms[name]
         metrics["entropy"] = inverse["entropy"] * norms[name]
         metrics[f"used_{name}"] = torch.bincount(inverse["codes"], minlength=latent.quantiser.codes)
@@ -287,6 +303,8 @@ def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
     if not cfg.steps_a + cfg.steps_b:
         raise DataError("--steps-a 0 --steps-b 0: nothing would be learnt; give at least one of them steps")
+    if cfg.usage_bonus and cfg.micro:
+        raise DataError("--usage-bonus: is of the whole batch, and cannot be worked out in parts; leave out --micro")
     place = common.setup(cfg)
     with checkpoint.Guard(cfg.out) as guard:
         train(cfg, guard, place)

@@ -50,6 +50,7 @@ class Config(Everywhere):
     lr_adapt: float = option(3e-4, "adaptation and SFT, peak, 3% warm-up, then cosine", paper=5e-5)
     clip_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
     train_share: float = option(0.2222, "token: share of the VLM's blocks that train, from the last", paper=8 / 36)
+    checkpointing: str = option("no", "token: compute blocks again in the backward pass", choices=("no", "yes"))
     tau: float = option(2.0, "temperature of the Gumbel-softmax in adaptation", above=0.0, paper=2.0)
     entropy_bonus: float = option(1e-3, "weight of the inverse model's mean entropy in adaptation", paper=1e-3)
     loss_on: str = option("response", "which tokens are explained", choices=("response", "all"))
@@ -146,9 +147,11 @@ class Run:
     def load_models(self):
         """self.vlm, self.latent, self.arch -> state of the run given as --init (None for SFT)."""
         cfg, place = self.cfg, self.place
-        if self.is_token:  # what trains needs float32 master weights
-            self.vlm, self.latent = VLM(cfg.vlm, place.device, torch.float32), None
+        if self.is_token:
+            self.vlm, self.latent = VLM(cfg.vlm, place.device, place.dtype), None
             self.vlm.train_last(cfg.train_share)
+            if cfg.checkpointing == "yes":
+                self.vlm.recompute_blocks()
             self.arch = {"train_share": cfg.train_share}
             return None
         tensors, before = checkpoint.load(cfg.init, "--init", ["stage2_codebook", "stage3_bc"], cfg.vlm)

@@ -195,6 +195,7 @@ class Config(Everywhere):
     resample: int = option(0, "extra draws, at most, for the groups whose rewards are all equal; 0: none")
     updates: int = option(1, "updates per rollout", least=1, paper=1)
     micro: int = option(0, "most rows per backward pass; 0: all. Changes memory, not the result")
+    checkpointing: str = option("no", "token: compute blocks again in the backward pass", choices=("no", "yes"))
     temperature: float = option(1.0, "of sampling actions, or tokens; 0 would try nothing", least=0.01, paper=1.0)
     top_k: int = option(0, "sample from the k most likely only; 0: all")
     max_prompt: int = option(400, "longest prompt, tokens", least=1, paper=1024)
@@ -216,11 +217,12 @@ class Agent:
         self.cfg, self.place, self.never = cfg, place, never
         self.vlm, self.latent, self.arch = common.load_agent(cfg.init, cfg.actions, cfg.vlm, place)
         if self.latent is None:
-            self.model, self.reference = self.vlm, copy.deepcopy(self.vlm)
-            self.vlm.train_last(self.arch["train_share"])
+            self.model, self.reference = self.vlm, self.vlm.reference()
+            if cfg.checkpointing == "yes":
+                self.vlm.recompute_blocks()
         else:
-            self.model, self.reference = self.latent.policy, copy.deepcopy(self.latent.policy)
-            self.latent.train_only("policy")
+            reference = copy.deepcopy(self.latent.policy).requires_grad_(False)
+            self.model, self.reference = self.latent.policy, common.settle(reference, place.dtype)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.step_weights = common.Stepper(trained, cfg.lr, cfg.clip_norm)
         common.report(trained, self.vlm, *([] if self.latent is None else [self.latent]))

@@ -8,12 +8,14 @@ Letters: B batch, G group, N = B * G rows, T time, S = keys that can be seen (ea
 tokens of a batch in one row, D width, V vocabulary, k of top-k.
 """
 
+import copy
 import inspect
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
@@ -40,6 +42,42 @@ def positions_of(mask_BS, T):
 
 
 # -------------------------------------------------------------------------------------------------------------- the VLM
+class OneBlock:
+    """The part of a cache that belongs to one block, as far as the block's attention uses it."""
+
+    def __init__(self, k, v):
+        self.k, self.v = k, v
+
+    def update(self, k, v, *_, **__):
+        self.k = k if self.k is None else torch.cat((self.k, k), 2)
+        self.v = v if self.v is None else torch.cat((self.v, v), 2)
+        return self.k, self.v
+
+
+class Recomputed:
+    """A block of the VLM with gradient checkpointing. With a cache, its keys and values are inputs and outputs of the
+    block: what is computed again must not be appended again. (The library's own checkpointing does without a cache.)"""
+
+    def forward(self, hidden, past_key_values=None, **rest):
+        inner = super().forward
+        if not torch.is_grad_enabled():
+            return inner(hidden, past_key_values=past_key_values, **rest)
+
+        def run(hidden, k, v):
+            cache = None if past_key_values is None else OneBlock(k, v)
+            out = inner(hidden, past_key_values=cache, **rest)
+            return (out, None, None) if cache is None else (out, cache.k, cache.v)
+
+        if past_key_values is None:
+            return checkpoint(run, hidden, None, None, use_reentrant=False)[0]
+        layer = past_key_values.layers[self.self_attn.layer_idx]
+        out, k, v = checkpoint(run, hidden, layer.keys, layer.values, use_reentrant=False)
+        if not layer.is_initialized:
+            layer.lazy_initialization(k, v)
+        layer.keys, layer.values = k, v
+        return out
+
+
 def load_model(name, dtype):
     """-> the model of a folder or hub name, every tensor of it there; of a configuration with random weights.
 
@@ -83,12 +121,27 @@ class VLM(nn.Module):
     def train_last(self, share):
         """The token-level baseline: unfreeze the last `share` of the blocks, the final norm, embeddings and head.
 
+        They become float32, whatever the rest is in: a small step would be lost in the rounding of bfloat16. What the
+        embeddings give is rounded to the rest's dtype, as autocast rounds what a linear layer gives.
         -> the names of the parameters that train (the paper: share 8/36). A tied head is one parameter, named once."""
-        count = max(1, round(share * len(self.text.layers)))
-        for module in (*self.text.layers[-count:], self.text.norm, self.model.get_input_embeddings(), self.head):
-            for p in module.parameters():
+        count, embeddings = max(1, round(share * len(self.text.layers))), self.model.get_input_embeddings()
+        dtype = embeddings.weight.dtype
+        if dtype != torch.float32:
+            embeddings.register_forward_hook(lambda module, given, x: x.to(dtype))
+        for module in (*self.text.layers[-count:], self.text.norm, embeddings, self.head):
+            for p in module.float().parameters():
                 p.requires_grad_(True)
         return list(self.trained_tensors())
+
+    def recompute_blocks(self):
+        """Gradient checkpointing: a block keeps its input for the backward pass, and computes the rest again there."""
+        for layer in self.text.layers:
+            layer.__class__ = type("Recomputed", (Recomputed, type(layer)), {})
+
+    def reference(self):
+        """-> a copy of this VLM as it is now, frozen. What does not train is not copied: both share its tensors."""
+        shared = {id(p): p for p in (*self.parameters(), *self.buffers()) if not p.requires_grad}
+        return copy.deepcopy(self, shared).requires_grad_(False)
 
     def trained_tensors(self):
         """{name: parameter} of what trains; the rest of the VLM is the checkpoint given as --vlm."""
@@ -193,6 +246,13 @@ def log_probs(logits, temperature=1.0, top_k=0, never=None, support=None):
     return F.log_softmax(logits, -1)
 
 
+def put_p_minus_1(p_MV, ids_M):
+    """p[x] <- p[x] - 1, which is minus the sum of the others: near 1 the difference itself would be rounded away."""
+    at = torch.arange(len(p_MV)), ids_M
+    p_MV[at] = 0
+    p_MV[at] = -p_MV.sum(-1)
+
+
 class HeadLogProbs(torch.autograd.Function):
     """log p(x | y), p = softmax of the LM head's logits W y (as `log_probs` shapes them), without holding all (M, V)
     of them.
@@ -227,7 +287,7 @@ class HeadLogProbs(torch.autograd.Function):
             if with_entropy:
                 H_M[part] = torch.special.entr(p).sum(-1)
             if grad_MD is not None:
-                p[torch.arange(len(p)), ids_M[part]] -= 1
+                put_p_minus_1(p, ids_M[part])
                 grad_MD[part] = p.to(ctx.dtype) @ weight / -temperature
         for_weight = (y_MD, weight_VD, ids_M, support_Mk) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(grad_MD, *for_weight)
@@ -250,9 +310,8 @@ class HeadLogProbs(torch.autograd.Function):
             y = y_MD[part].to(weight_VD.dtype)
             support = None if support_Mk is None else support_Mk[part]
             _, p = HeadLogProbs.chunk(ctx, y, weight, ids_M[part], support)
-            g = p.mul_(-g_M[part, None])
-            g[torch.arange(len(g)), ids_M[part]] += g_M[part]
-            grad_VD += g.T @ y
+            put_p_minus_1(p, ids_M[part])
+            grad_VD += p.mul_(-g_M[part, None]).T @ y
         return grad_VD
 
 

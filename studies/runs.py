@@ -37,6 +37,7 @@ ABLATIONS = {
     "without text-only data": {"without": "text"},
 }
 SIZES = {f"{k} codes": {"codes": k} for k in (16, 32, 64, 256)}
+BONUSES = {f"usage bonus {u}": {"usage_bonus": u} for u in (0.01, 0.1)}
 AMOUNTS = {"1/4 of the text": {"text_rows": 900}, "1/2 of the text": {"text_rows": 1800}}
 
 TASK_FILES = {"a": "task", "b": "task_b"}  # how the names of a task's files begin
@@ -95,7 +96,7 @@ def plan(cfg, seeds=None):
         for task in TASK_FILES:
             jobs += starts(cfg, seed, task)
             for variant in variants(cfg.tables):
-                if task == "a" or variant not in SIZES | AMOUNTS:  # table 5 is of task A alone
+                if task == "a" or variant not in SIZES | AMOUNTS | BONUSES:  # tables 5 and 7 are of task A alone
                     jobs += reinforcement(cfg, seed, task, variant)
     return {j.folder: j for j in jobs}
 
@@ -107,6 +108,8 @@ def variants(tables):
         wanted |= ABLATIONS
     if "5" in tables:
         wanted |= SIZES | AMOUNTS
+    if "7" in tables:
+        wanted |= BONUSES
     return wanted
 
 

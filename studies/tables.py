@@ -7,6 +7,7 @@
     table 4   seconds of a rollout, of an update and of both, latent / token
     table 5   the size of the codebook, and the amount of text-only data (task A)
     table 6   the learning rate of RL
+    table 7   a bonus on the use of many codes (task A)
     figure    reward against rollouts
 
 A run is a folder below --out, with its log (studies/runs.py lists them). Two runs go side by side. A finished run is
@@ -14,7 +15,7 @@ not made again, an unfinished one goes on where it stopped: after an interruptio
 The tables are written after each seed.
 
     python -m studies.tables                      # tables 1 to 4 -> docs/results/
-    python -m studies.tables --tables 123456      # all of them
+    python -m studies.tables --tables 1234567     # all of them
 """
 
 import json
@@ -32,7 +33,19 @@ from evaluate import TESTS
 from plots import COLOURS, smooth
 from rewards import load_judge, ngram_embed, rollout_diversity
 from stage4_latent_rl import ALGORITHMS
-from studies.runs import ABLATIONS, AMOUNTS, LOWER_RATES, RATE, SIDES, folder, plan, rl_run, rollouts_a_step, run_all
+from studies.runs import (
+    ABLATIONS,
+    AMOUNTS,
+    BONUSES,
+    LOWER_RATES,
+    RATE,
+    SIDES,
+    folder,
+    plan,
+    rl_run,
+    rollouts_a_step,
+    run_all,
+)
 
 LABELS = {name: algorithm.label for name, algorithm in ALGORITHMS.items()}
 LOGGED = ("reward", "reward_std", "equal_groups", "different", "entropy", "kl", "length")
@@ -255,6 +268,26 @@ def table6(c):
     return found, test_rows(rows, "KL at the end", kl, 2)
 
 
+def table7(c, last=20):
+    """Codes in use and their perplexity at the end of stage 2, on text; different texts of a group, mean of the last
+    steps of RL as of its first ones; ratio and diversity after it."""
+    rows = {}
+    for name in ("full", *BONUSES):
+        v = "{s}/" + folder(name)
+        book, log = c.logs(f"{v}/stage2"), c.logs(f"{v}/grpo_a")
+        rows[name] = {
+            "codes used": [run[-1]["codes_text"] for run in book],
+            "perplexity": [run[-1]["perplexity_text"] for run in book],
+            "different texts, RL start": [float(np.mean([s["different"] for s in run[:last]])) for run in log],
+            "RL end": [float(np.mean([s["different"] for s in run[-last:]])) for run in log],
+            "diversity": c.diversity(f"{v}/grpo_a_eval", ngram_embed),
+        } | c.ratios("a", f"{v}/grpo_a_eval")
+    head = list(rows["full"])
+    digits = dict.fromkeys(head[:2], 1)
+    lines = [[name, *(spread(row[k], digits.get(k, 3)) for k in head)] for name, row in rows.items()]
+    return rows, markdown(["usage bonus", *head], lines)
+
+
 def rewards(c):
     """The reward of every step of the RL runs -> {panel: {side: [steps] by seed}}."""
     curves = {}
@@ -322,6 +355,7 @@ MAKERS = {  # what --tables names -> the tables that come with it
     "4": (table4,),
     "5": (table5,),
     "6": (table6,),
+    "7": (table7,),
 }
 
 

@@ -251,6 +251,10 @@ def agent_of(trainee, vlm, never, monkeypatch):
 
     def agent(actions="latent", **settings):
         parts = (vlm, trainee) if actions == "latent" else (VLM(TINY), None)
+        if actions == "latent":
+            trainee.train_only("policy")
+        else:
+            parts[0].train_last(8 / 36)
         arch = {"train_share": 8 / 36}
         monkeypatch.setattr(common, "load_agent", lambda *_: (*parts, arch))
         return Agent(Config(actions=actions, **settings), CPU, never)
