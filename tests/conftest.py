@@ -8,8 +8,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import CODES, TINY, a_little_trained, question, shake
+from helpers import CODES, TINY, Flags, a_little_trained, louder, question, shake
 
+import stage1_projector
+import stage2_codebook
+import stage3_bc
+import stage4_latent_rl
 from data import Processor, Records
 from model import LatentModel
 from tiny.world import write_world
@@ -77,3 +81,25 @@ def task_prompts(world, processor):
     """Two prompts of task A, ready to be answered."""
     records = Records(world / "task_prompts.jsonl")
     return [processor.example(records[i], prompt_only=True) for i in range(2)]
+
+
+@pytest.fixture(scope="session")
+def flags(world):
+    return Flags(world)
+
+
+@pytest.fixture(scope="session")
+def runs(flags, tmp_path_factory):
+    """The folder of all stages' runs, two steps each."""
+    out = tmp_path_factory.mktemp("runs")
+    stage1_projector.main([*flags.paired, "--steps", "2", "--batch", "4", "--out", f"{out}/1"])
+    book = ["--projector", f"{out}/1", "--steps-a", "2", "--steps-b", "2"]
+    stage2_codebook.main([*flags.book, *book, "--out", f"{out}/2"])
+    clone = ["--init", f"{out}/2", "--steps-clone", "2", "--steps-adapt", "2"]
+    stage3_bc.main([*flags.clone, *clone, "--out", f"{out}/3"])
+    stage3_bc.main([*flags.sft, "--steps-adapt", "2", "--batch-adapt", "3", "--out", f"{out}/sft"])
+    louder(out / "3", out / "loud")
+    rl = [*flags.rl, "--steps", "2", "--batch", "2", "--max-new", "10"]
+    stage4_latent_rl.main([*rl, "--init", f"{out}/loud", "--out", f"{out}/4"])
+    stage4_latent_rl.main([*rl, "--actions", "token", "--init", f"{out}/sft", "--out", f"{out}/4t"])
+    return out

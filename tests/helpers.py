@@ -194,3 +194,20 @@ def cut_off(monkeypatch, main, argv, after):
         except KeyboardInterrupt:
             return
     raise AssertionError(f"no checkpoint of step {after}")
+
+
+VLM_FLAG = ["--vlm", TINY]
+SMALL = ["--codes", "16", "--inverse-blocks", "1", "--policy-blocks", "1", "--batch", "3", "--val", "4"]
+
+
+class Flags:
+    """The flags of each stage: the VLM, its data, and sizes so small that a step takes no time."""
+
+    def __init__(self, world):
+        self.paired = [*VLM_FLAG, "--paired", f"{world}/paired.jsonl"]
+        self.both = [*self.paired, "--text", f"{world}/text.jsonl"]
+        self.book = [*self.both, *SMALL]
+        self.demos = ["--demos", f"{world}/task_demos.jsonl"]
+        self.clone = [*self.both, *self.demos, "--batch", "3", "--batch-adapt", "3"]
+        self.sft = [*VLM_FLAG, "--actions", "token", *self.demos]
+        self.rl = [*VLM_FLAG, "--prompts", f"{world}/task_prompts.jsonl", "--group", "2", "--judge", "helpers:letters"]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, cut_off, louder, same_weights, torchrun, weights
+from helpers import VLM_FLAG, cut_off, same_weights, weights
 
 import answers
 import checkpoint
@@ -16,44 +16,6 @@ import stage2_codebook
 import stage3_bc
 import stage4_latent_rl
 from data import DataError
-
-VLM = ["--vlm", TINY]
-SMALL = ["--codes", "16", "--inverse-blocks", "1", "--policy-blocks", "1", "--batch", "3", "--val", "4"]
-
-
-class Flags:
-    """The flags of each stage: the VLM, its data, and sizes so small that a step takes no time."""
-
-    def __init__(self, world):
-        self.paired = [*VLM, "--paired", f"{world}/paired.jsonl"]
-        self.both = [*self.paired, "--text", f"{world}/text.jsonl"]
-        self.book = [*self.both, *SMALL]
-        self.demos = ["--demos", f"{world}/task_demos.jsonl"]
-        self.clone = [*self.both, *self.demos, "--batch", "3", "--batch-adapt", "3"]
-        self.sft = [*VLM, "--actions", "token", *self.demos]
-        self.rl = [*VLM, "--prompts", f"{world}/task_prompts.jsonl", "--group", "2", "--judge", "helpers:letters"]
-
-
-@pytest.fixture(scope="module")
-def flags(world):
-    return Flags(world)
-
-
-@pytest.fixture(scope="module")
-def runs(flags, tmp_path_factory):
-    """The folder of all stages' runs, two steps each."""
-    out = tmp_path_factory.mktemp("runs")
-    stage1_projector.main([*flags.paired, "--steps", "2", "--batch", "4", "--out", f"{out}/1"])
-    book = ["--projector", f"{out}/1", "--steps-a", "2", "--steps-b", "2"]
-    stage2_codebook.main([*flags.book, *book, "--out", f"{out}/2"])
-    clone = ["--init", f"{out}/2", "--steps-clone", "2", "--steps-adapt", "2"]
-    stage3_bc.main([*flags.clone, *clone, "--out", f"{out}/3"])
-    stage3_bc.main([*flags.sft, "--steps-adapt", "2", "--batch-adapt", "3", "--out", f"{out}/sft"])
-    louder(out / "3", out / "loud")
-    rl = [*flags.rl, "--steps", "2", "--batch", "2", "--max-new", "10"]
-    stage4_latent_rl.main([*rl, "--init", f"{out}/loud", "--out", f"{out}/4"])
-    stage4_latent_rl.main([*rl, "--actions", "token", "--init", f"{out}/sft", "--out", f"{out}/4t"])
-    return out
 
 
 # ------------------------------------------------------------------------------------------------ from end to end
@@ -80,7 +42,7 @@ def test_each_stage_changes_only_its_own_parts_of_the_one_before(runs):
 
 def test_all_stages_and_the_evaluation_run(runs, world, tmp_path):
     models = ["--sft", f"{runs}/sft", "--bc", f"{runs}/3", "--token", f"{runs}/4t", "--latent", f"{runs}/4"]
-    few = [*VLM, "--data", str(world), "--limit", "2", "--diversity-prompts", "2", "--max-new", "8"]
+    few = [*VLM_FLAG, "--data", str(world), "--limit", "2", "--diversity-prompts", "2", "--max-new", "8"]
     more = ["--codebook", f"{runs}/2", "--samples", "2", "--group", "2", "--out", str(tmp_path)]
     evaluate.main([*few, *models, *more])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -265,90 +227,3 @@ def test_a_finished_stage_is_not_run_again(flags, runs):
     book = ["--projector", f"{runs}/1", "--steps-a", "2", "--steps-b", "2"]
     stage2_codebook.main([*flags.book, *book, "--out", f"{runs}/2"])
     assert (runs / "2" / "metrics.jsonl").read_text() == before
-
-
-# ----------------------------------------------------------------------------------------------------- two ranks
-IN_TURN = """
-import importlib, json, sys
-import torch.distributed as dist
-sys.path[:0] = [".", "tests"]
-for stage, flags in json.load(open(sys.argv[1])):
-    importlib.import_module(stage).main(flags)
-dist.destroy_process_group()
-"""
-
-
-def two_rank_runs(flags, runs):
-    """{name: (module, flags, the flag for the number of rows)}. No gradient is clipped, so that each keeps its
-    scale."""
-    rl = [*flags.rl, "--group", "4", "--steps", "2", "--max-new", "8", "--lr", "1e-5", "--clip-norm", "0"]
-    sft = [*flags.sft, "--steps-adapt", "2", "--lr-adapt", "1e-5", "--clip-norm", "0"]
-    clone = [*flags.clone, "--init", f"{runs}/2", "--steps-clone", "2", "--steps-adapt", "0", "--clip-norm", "0"]
-    token = ["--actions", "token", "--init", f"{runs}/sft"]
-    return {
-        "clone": (stage3_bc, clone, "--batch"),
-        "sft": (stage3_bc, sft, "--batch-adapt"),
-        "dapo": (stage4_latent_rl, [*rl, "--init", f"{runs}/loud", "--loss-type", "dapo"], "--batch"),
-        "grpo": (stage4_latent_rl, [*rl, "--init", f"{runs}/loud", "--loss-type", "grpo"], "--batch"),
-        "dapo of tokens": (stage4_latent_rl, [*rl, *token, "--loss-type", "dapo"], "--batch"),
-    }
-
-
-@pytest.fixture(scope="module")
-def two_ranks(flags, runs, tmp_path_factory):
-    """The folder of these runs on two ranks, with two rows each; of stage 2; and of an adaptation. One launch for
-    all, since starting takes longer than running."""
-    out = tmp_path_factory.mktemp("two")
-    work = [
-        (module.__name__, [*argv, rows, "2", "--out", f"{out}/{name}"])
-        for name, (module, argv, rows) in two_rank_runs(flags, runs).items()
-    ]
-    book = [*flags.book, "--projector", f"{runs}/1", "--steps-a", "1", "--steps-b", "2", "--out", f"{out}/book"]
-    adapt = [*flags.clone, "--init", f"{out}/clone", "--steps-adapt", "2", "--out", f"{out}/adapted"]
-    work += [("stage2_codebook", book), ("stage3_bc", adapt)]
-    (out / "in_turn.py").write_text(IN_TURN)
-    (out / "work.json").write_text(json.dumps(work))
-    torchrun([f"{out}/in_turn.py", f"{out}/work.json"])
-    return out
-
-
-def momentum(folder):
-    """AdamW's mean gradient at the end of a run. The weights themselves say little: AdamW's steps have the same size
-    whatever the gradient's."""
-    saved = torch.load(checkpoint.latest(folder) / "optimizer.pt", weights_only=True)
-    return torch.cat([s["exp_avg"].flatten() for s in saved["optimizer"]["state"].values()])
-
-
-def assert_alike(one, two):
-    """Equal gradients, up to a thousandth, and equal weights."""
-    a, b = momentum(one), momentum(two)
-    assert a.norm() > 0 and (a - b).norm() < 1e-3 * a.norm()
-    a, b = weights(one), weights(two)
-    assert set(a) == set(b) and all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
-
-
-def test_two_ranks_equal_one_in_stage_1(flags, tmp_path):
-    some = [*flags.paired, "--steps", "2"]
-    torchrun(["stage1_projector.py", *some, "--batch", "2", "--out", f"{tmp_path}/two"])
-    stage1_projector.main([*some, "--batch", "4", "--out", f"{tmp_path}/one"])
-    assert_alike(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.parametrize("name", ["clone", "sft", "dapo", "grpo", "dapo of tokens"])
-def test_two_ranks_equal_one(flags, runs, two_ranks, tmp_path, name):
-    module, argv, rows = two_rank_runs(flags, runs)[name]
-    module.main([*argv, rows, "4", "--out", str(tmp_path)])
-    assert_alike(tmp_path, two_ranks / name)
-    if module is stage4_latent_rl:
-        one, two = (common.read_metrics(k) for k in (tmp_path, two_ranks / name))
-        assert max(r["judge_failed"] for r in one) > 0 and min(r["grad_norm"] for r in one) > 0.01
-        for key in ("reward", "judge_failed", "equal_groups", "length", "truncated", "kl", "entropy", "grad_norm"):
-            assert [r[key] for r in one] == pytest.approx([r[key] for r in two], abs=1e-5, rel=1e-4), key
-
-
-def test_all_phases_run_on_two_ranks(two_ranks):
-    """Where the noise is each rank's own, nothing can be compared; but the whole run must end."""
-    for name, steps in (("book", 3), ("adapted", 2)):
-        state = checkpoint.read_state(two_ranks / name)
-        assert state["finished"] and state["step"] == steps
-        assert len(common.read_metrics(two_ranks / name)) == steps

@@ -69,7 +69,7 @@ def test_the_queue_resumes_and_names_what_failed(tmp_path):
 
 
 def test_an_unknown_table_is_refused_before_anything_runs():
-    with pytest.raises(DataError, match="--tables 17: there is no table 8"):
+    with pytest.raises(DataError, match="--tables 18: there is no table 8"):
         tables.main(["--tables", "18"])
 
 
