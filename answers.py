@@ -1,6 +1,9 @@
-"""The answers of one RL step: rolled out, judged, drawn again where a group teaches nothing, and summed up."""
+"""The answers of one RL step: rolled out, judged, drawn again where a group teaches nothing, and summed up. And the
+answers to held-out prompts, which say what the best checkpoint is."""
 
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,8 +11,16 @@ import torch
 import checkpoint
 import common
 from data import uniforms
-from rewards import reward
+from rewards import check_reference, reward
 from rollout import decode, rollout
+
+HELD_OUT = 2**32 - 1  # in the noise of held-out answers, in the place of the step: no run has so many
+
+
+def answerable(path, cfg, processor, judge):
+    """-> the records of a file that can be answered and judged, all read before step 0."""
+    also = partial(check_reference, judge)
+    return common.usable(common.open_records(path, cfg), processor, cfg, prompt_only=True, also=also)
 
 
 def equal_groups(adv_BG):
@@ -20,13 +31,15 @@ def equal_groups(adv_BG):
 class Answers:
     """Responses to the prompts of a step, and their rewards.
 
-    advantages: (B, G) rewards -> (B, G). `seconds` says how long the last step's rollouts and judgements took."""
+    advantages: (B, G) rewards -> (B, G). group: responses to a prompt, by default those of RL. `seconds` says how long
+    the last step's rollouts and judgements took."""
 
-    def __init__(self, agent, processor, prompts, judge, advantages):
+    def __init__(self, agent, processor, prompts, judge, advantages=None, group=None):
         self.agent, self.processor, self.prompts, self.judge = agent, processor, prompts, judge
-        self.advantages, self.seconds = advantages, {}
+        self.advantages, self.group = advantages, group or agent.cfg.group
+        self.seconds = {"s_rollout": 0.0, "s_judge": 0.0}
         cfg, never = agent.cfg, agent.never
-        self.settings = {"group": cfg.group, "temperature": cfg.temperature, "top_k": cfg.top_k, "never": never}
+        self.settings = {"group": self.group, "temperature": cfg.temperature, "top_k": cfg.top_k, "never": never}
         self.settings |= {"eos": processor.eos_id, "pad": processor.pad_id}
 
     def draw(self, step, rows, *again):
@@ -39,7 +52,7 @@ class Answers:
         records = [self.prompts[i] for i in rows]
         examples = [self.processor.example(r, prompt_only=True) for r in records]
         prompt = self.processor.collate(examples, left=True).to(place.device)
-        noise = [(step, i, g, *again) for i in rows for g in range(cfg.group)]
+        noise = [(step, i, g, *again) for i in rows for g in range(self.group)]
         with place.autocast():
             u_NT = uniforms(cfg.seed, noise, cfg.max_new).to(place.device)
             roll = rollout(self.agent.vlm, self.agent.latent, prompt, u_NT, **self.settings)
@@ -55,7 +68,7 @@ class Answers:
 
         Dynamic sampling: a group whose rewards are all equal teaches nothing. It is drawn again with fresh noise, up
         to cfg.resample times."""
-        self.seconds, group, resampled = {"s_rollout": 0.0, "s_judge": 0.0}, self.agent.cfg.group, 0
+        self.seconds, group, resampled = {"s_rollout": 0.0, "s_judge": 0.0}, self.group, 0
         roll, texts, r_BG = self.draw(step, rows)
         for again in range(1, self.agent.cfg.resample + 1):
             at = equal_groups(self.advantages(r_BG)).nonzero()[:, 0].tolist()
@@ -89,3 +102,65 @@ def summary(r_BG, adv_BG, roll, texts, eos):
     if judged > 0:
         metrics |= {"reward": reward_sum / judged, "reward_std": std_sum / judged_groups}
     return metrics
+
+
+class HeldOut:
+    """The reward on prompts that RL does not practise on, one answer to each, and the run's best checkpoint by it.
+
+    The answers are sampled as those of RL, since that is the policy whose reward RL raises. Their noise depends on the
+    seed and the prompt alone, so two evaluations of a run differ by the policy alone.
+
+    The best checkpoint lies in OUT/best, and nothing but that folder says which it is. A run that goes on from an
+    earlier checkpoint finds it there, evaluates the same policies again, and ends with the same best."""
+
+    def __init__(self, agent, processor, prompts, judge):
+        self.agent, self.prompts = agent, prompts
+        self.answers = Answers(agent, processor, prompts, judge, group=1)
+        self.folder = Path(agent.cfg.out) / checkpoint.BEST
+        _, run = agent.contents(0)
+        found = checkpoint.resume(self.folder, run["stage"], run["config"], ("steps",), with_optimizer=False)
+        self.best = (found[1]["val_reward"], found[1]["step"]) if found else None
+
+    def due(self, step):
+        """Is the policy after `step` steps to be evaluated?"""
+        return step % self.agent.cfg.eval_every == 0 or step == self.agent.cfg.steps
+
+    def __call__(self, step):
+        """Evaluate the policy after `step` steps and keep it if it is the best so far -> metrics."""
+        reward_sum, judged, failed = self.sums().tolist()
+        metrics, words = {"val_failed": failed}, "no answer got a score that can be used"
+        if judged:
+            metrics["val_reward"] = value = reward_sum / judged
+            words = f"{value:.4f}"
+            if self.best is None or value > self.best[0]:
+                self.keep(step, value)
+                words += ", the best so far"
+        common.say(f"held-out reward after step {step}: {words}")
+        return metrics
+
+    def keep(self, step, value):
+        """Write the best checkpoint. It counts as finished whatever becomes of the run: it may be used at any time."""
+        tensors, state = self.agent.contents(step)
+        checkpoint.save(self.folder, step, tensors, state | {"finished": True, "val_reward": value}, keep=1)
+        self.best = value, step
+
+    def sums(self):
+        """-> the sum of the rewards, how many there are, and how many failed, over all ranks, float64 (3,).
+
+        At most cfg.batch prompts at a time. The ranks take such batches in turn: what is padded beside what does not
+        depend on their number, and so no result does."""
+        place, size, n = self.agent.place, self.agent.cfg.batch, len(self.prompts)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for first in range(place.rank * size, n, place.ranks * size):
+            r_B1 = self.answers.draw(HELD_OUT, range(first, min(first + size, n)))[2].double().cpu()
+            failed_B1 = torch.isnan(r_B1)
+            sums += torch.stack([r_B1.nan_to_num().sum(), (~failed_B1).sum(), failed_B1.sum()])
+        return common.total(sums)
+
+    def tell(self):
+        """Say which checkpoint is the best, and where it lies."""
+        if self.best is None:
+            common.say("there is no best checkpoint: no held-out answer got a score that can be used")
+        else:
+            value, step = self.best
+            common.say(f"best held-out reward: {value:.4f}, after step {step}; its checkpoint is in {self.folder}")

@@ -3,6 +3,7 @@
     OUT/ckpt-STEP/weights.safetensors   what was trained
     OUT/ckpt-STEP/state.json            stage, step, finished, config, number of ranks
     OUT/ckpt-STEP/optimizer.pt          state of the optimizer, and what else a stage goes on from
+    OUT/best                            with a held-out reward: the best checkpoint so far, a folder of the same form
     OUT/metrics.jsonl                   the log; a run that goes on cuts it back to the checkpoint's step
     OUT/lock                            held by the process that writes here; the system frees it when that process ends
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from data import DataError
 
+BEST = "best"
 MAY_CHANGE = ("save_every", "keep")  # settings that another run of the same command line may have otherwise
 
 
@@ -47,13 +49,15 @@ def say(text):
 def save(out, step, tensors, state, optimizer=None, extra=None, keep=2):
     """Write out/ckpt-STEP, whole or not at all: it is filled under another name, then renamed.
 
-    The newest `keep` checkpoints stay. extra: tensors, numbers and lists that the stage needs to go on. Rank 0
-    writes, the others wait. A full disk or a read-only folder is a DataError; the checkpoints from before stay."""
+    It stays, and so do the newest of the others, `keep` in all. extra: tensors, numbers and lists that the stage needs
+    to go on. Rank 0 writes, the others wait. A full disk or a read-only folder is a DataError; the checkpoints from
+    before stay."""
     failed = None
     if rank() == 0:
         try:
             write(Path(out), step, tensors, {"ranks": world_size()} | state, optimizer, extra)
-            for old in checkpoints(out)[keep:]:
+            others = [p for p in checkpoints(out) if p.name != name_of(step)]
+            for old in others[keep - 1 :]:
                 shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
             failed = DataError(
@@ -65,8 +69,12 @@ def save(out, step, tensors, state, optimizer=None, extra=None, keep=2):
         raise failed
 
 
+def name_of(step):
+    return f"ckpt-{step:06d}"
+
+
 def write(out, step, tensors, state, optimizer, extra):
-    new, name = out / "ckpt.new", out / f"ckpt-{step:06d}"
+    new, name = out / "ckpt.new", out / name_of(step)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / "weights.safetensors")
@@ -173,12 +181,12 @@ def load(out, flag, stages, vlm):
     return tensors, state
 
 
-def resume(out, stage, config, may_grow=()):
+def resume(out, stage, config, may_grow=(), with_optimizer=True):
     """-> (tensors, state, what optimizer.pt holds) of an earlier run in the same folder, or None.
 
     Refuses another config: what was trained with other settings is another run. `save_every` and `keep` may change, the
     fields `may_grow` may become larger, and a path may be spelled in another way. Refuses another number of ranks."""
-    found = newest(out, with_optimizer=True)
+    found = newest(out, with_optimizer)
     if found is None:
         return None
     state = found[1]

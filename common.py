@@ -338,11 +338,12 @@ def open_records(path, cfg, limit=None):
     return Records(path, limit, allow_outside=cfg.allow_outside == "yes")
 
 
-def usable(records, processor, cfg, prompt_only=False):
+def usable(records, processor, cfg, prompt_only=False, also=None):
     """-> the rows that can be used, each read and its images decoded: before step 0, so that nothing breaks later.
 
-    The console says what is refused. DataError if that is everything, or with --strict at the first."""
-    found = scan(records, processor, prompt_only, decode=True, strict=cfg.strict == "yes")
+    also: see `scan`. The console says what is refused. DataError if that is everything, or with --strict at the
+    first."""
+    found = scan(records, processor, prompt_only, decode=True, strict=cfg.strict == "yes", also=also)
     if found.refused:
         say(str(found))
     if not len(found.usable):

@@ -127,9 +127,10 @@ class Processor:
             reason = str(e).strip().partition("\n")[0][:200]
             raise DataError(f"--vlm {vlm}: its tokenizer or image processor does not load ({reason})") from None
         self.max_length, self.max_pixels, self.max_decode, self.loss_on = max_length, max_pixels, max_decode, loss_on
-        self.image_id = self.config.image_token_id
+        names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+        self.image_id, *around = [self._own_token(vlm, name) for name in names]
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
-        self.vision_ids = {self.image_id, self.config.vision_start_token_id, self.config.vision_end_token_id}
+        self.vision_ids = {self.image_id, *around}
         self.eos, self.eos_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
         self.pad_id = self.tokenizer.pad_token_id
         added = self.tokenizer.added_tokens_decoder  # the control tokens, beside the words
@@ -140,6 +141,14 @@ class Processor:
         # Nor ids at and above the tokenizer's size, which fill up the vocabulary and have no text.
         unused = range(len(self.tokenizer), self.config.get_text_config().vocab_size)
         self.never_sampled = sorted((set(added) | set(unused)) - {self.eos_id})
+
+    def _own_token(self, vlm, name):
+        """-> an id that the configuration names. DataError if there is none, or none of the tokenizer."""
+        found = getattr(self.config, name, None)
+        if not isinstance(found, int) or not 0 <= found < len(self.tokenizer):
+            why = f"config.json has no {name} that its tokenizer knows ({found})"
+            raise DataError(f"--vlm {vlm}: {why}; give a checkpoint of Qwen2.5-VL's kind")
+        return found
 
     def example(self, record, prompt_only=False, pixels=None):
         """-> Example. With prompt_only, everything up to the last answer, ready to generate it.

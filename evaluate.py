@@ -25,6 +25,7 @@ import json
 import re
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,15 @@ import common
 import plots
 from common import Everywhere, option
 from data import DataError, Processor, uniforms
-from rewards import EmbeddingJudge, judge_ratio, judgements, load_judge, ngram_embed, rollout_diversity
+from rewards import (
+    EmbeddingJudge,
+    check_reference,
+    judge_ratio,
+    judgements,
+    load_judge,
+    ngram_embed,
+    rollout_diversity,
+)
 from rollout import decode, rollout
 from vlm import VLM
 
@@ -176,9 +185,13 @@ def dimension(entries, name):
 
 
 def training(run):
-    """Reward at the start and at the end, and median seconds of a rollout and an update, from a stage 4's metrics."""
-    rows = common.read_metrics(run)
+    """Reward at the start and at the end, and median seconds of a rollout and an update, from a stage 4's metrics.
+
+    {} without any: a best checkpoint of step 0, or a copy of a checkpoint that has no log beside it."""
+    rows = [r for r in common.read_metrics(run) if r["step"]]  # step 0 is an evaluation alone
     rewards = [r["reward"] for r in rows if "reward" in r]  # not in steps in which the judge failed throughout
+    if not rewards:
+        return {}
     k = max(1, min(10, len(rewards) // 4))
     return {
         "reward_start": float(np.mean(rewards[:k])),
@@ -283,12 +296,15 @@ def evaluate(cfg, speaker, judge, embed, files, model, run):
     return row, texts, rolls, groups
 
 
-def load_data(cfg, processor):
-    """-> {test: records}, and under 'prompts' those of the diversity; a bad prompt is named before the work begins."""
+def load_data(cfg, processor, judge):
+    """-> {test: records}, and under 'prompts' those of the diversity, which nobody judges.
+
+    A bad prompt, and a reference that the judge cannot score, is named before the work begins."""
     prompts = "task_b_prompts" if cfg.task.startswith("b") else "task_prompts"
     files = {test: records_of(cfg, name, cfg.limit) for test, name in TESTS[cfg.task].items()}
+    also = {name: partial(check_reference, judge) for name in files}
     files["prompts"] = records_of(cfg, prompts, cfg.diversity_prompts)
-    return {name: all_of(common.usable(f, processor, cfg, prompt_only=True)) for name, f in files.items()}
+    return {name: all_of(common.usable(f, processor, cfg, True, also.get(name))) for name, f in files.items()}
 
 
 def write(cfg, results, groups):
@@ -322,7 +338,7 @@ def main(argv=None):
     wanted, judge = rows_wanted(cfg), load_judge(cfg.judge)
     embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
-    files, speaker = load_data(cfg, processor), Speaker(cfg, processor, place)
+    files, speaker = load_data(cfg, processor, judge), Speaker(cfg, processor, place)
 
     rows, answers, groups, latent_name, latent_rolls = {}, {}, {}, None, []
     for name, (actions, run) in wanted.items():

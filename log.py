@@ -29,7 +29,7 @@ class Log:
 
     def __call__(self, step, shown=(), **metrics):
         """A number that is not finite is left out: JSON has no word for it."""
-        self.bar.update(1)
+        self.bar.update(step - self.bar.n)
         if self.rank0:
             row = {k: round(float(v), 6) for k, v in metrics.items()}
             row = {k: v for k, v in row.items() if math.isfinite(v)}
@@ -56,16 +56,21 @@ def whole_rows(path):
 
 
 def cut_back(path, start):
-    """Keep the rows up to step `start`, each once."""
+    """Keep the rows up to step `start`, each once; none, not even of step 0, where a run begins anew."""
     if not path.exists():
         return
-    rows = {row["step"]: row for row in whole_rows(path) if row["step"] <= start}
+    rows = {row["step"]: row for row in whole_rows(path) if start and row["step"] <= start}
     new = path.with_suffix(".new")
     new.write_text("".join(json.dumps(rows[k]) + "\n" for k in sorted(rows)))
     new.replace(path)
 
 
 def read_metrics(out):
-    """metrics.jsonl -> list of dicts, one a step."""
-    rows = {row["step"]: row for row in whole_rows(Path(out) / "metrics.jsonl")}
+    """metrics.jsonl -> list of dicts, one a step; [] without one. A run's best checkpoint has the run's, up to its
+    step."""
+    path, last = Path(out).resolve() / "metrics.jsonl", math.inf
+    if not path.exists() and path.parent.name == checkpoint.BEST:
+        path, last = path.parents[1] / path.name, checkpoint.read_state(out)["step"]
+    found = whole_rows(path) if path.exists() else ()
+    rows = {row["step"]: row for row in found if row["step"] <= last}
     return [rows[k] for k in sorted(rows)]

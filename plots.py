@@ -63,7 +63,8 @@ CURVES = {"reward": "reward (response / reference)", "entropy": "entropy, nats",
 
 
 def draw_curves(runs, path):
-    """Reward, entropy and KL against rollouts. runs: {row of the table: folder of a stage 4}. Thin: every step."""
+    """Reward, entropy and KL against rollouts. runs: {row of the table: folder of a stage 4}. Thin: every step. Points:
+    the held-out reward, where a run has one."""
     fig = Figure(figsize=(12, 3.4), layout="constrained")
     axes = fig.subplots(1, 3)
     for name, run in runs.items():
@@ -75,6 +76,10 @@ def draw_curves(runs, path):
             y = np.array([r[key] for r in there])
             axis.plot(rollouts, y, color=colour_of(name), alpha=0.25, linewidth=0.8)
             axis.plot(rollouts, smooth(y, 20), color=colour_of(name), linewidth=2, label=name)
+        if held_out := [(r["step"], r["val_reward"]) for r in rows if "val_reward" in r]:
+            steps, y = np.transpose(held_out)
+            x = steps * config["batch"] * config["group"]
+            axes[0].plot(x, y, "o", color=colour_of(name), markersize=5, label=f"{name}, held out")
     for axis, (_, title) in zip(axes, CURVES.items()):
         axis.set(xlabel="rollouts", title=title)
         axis.grid(alpha=0.25)

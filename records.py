@@ -268,15 +268,19 @@ class Scan:
         return refusals(self.path, len(self.usable) + len(self.refused), self.refused.values())
 
 
-def scan(records, processor, prompt_only=False, rows=None, decode=False, strict=False):
+def scan(records, processor, prompt_only=False, rows=None, decode=False, strict=False, also=None):
     """Read rows before a run needs them -> Scan. rows: numbers from 0; all by default.
 
     Each row is read, checked, rendered and tokenised; of its images the header is read. decode: decode them as well,
-    where nothing may stand in for a row later on. strict: raise the first DataError."""
+    where nothing may stand in for a row later on. strict: raise the first DataError. also: a function of a record that
+    raises a DataError where something else is wrong with it."""
     usable, refused = [], {}
     for i in range(len(records)) if rows is None else rows:
         try:
-            (processor.example if decode else processor.check)(records[i], prompt_only)
+            record = records[i]
+            (processor.example if decode else processor.check)(record, prompt_only)
+            if also:
+                also(record)
             usable.append(i)
         except DataError as e:
             if strict:

@@ -12,6 +12,10 @@ language model sees the image, the prompt and both. An entry is None where the j
 judged: never as 0, never as a mean. The other rows keep their scores. An entry without a usable ratio is a failure,
 too: one with a score that is negative, infinite or not a number, or with scores of the reference whose sum is 0.
 
+Before a run begins, each reference is judged once, as a response to its own record. A row on which that fails is
+refused there: it could never give a reward. A judge whose calls cost money or much time, or fail by chance, says so
+with an attribute, `my_judge.costly = True`. Then it is not asked; only whether there is a reference is looked at.
+
 On the command line, --judge names a judge in one of three ways:
 
     rules             the rule judge of the tiny world, tiny/judge.py
@@ -86,6 +90,8 @@ class EmbeddingJudge:
     The embedding is the mean of the model's last hidden states over the text's first 256 tokens, scaled to length 1, as
     all-MiniLM-L6-v2 wants it. The model is read from a local folder: nothing is downloaded, and no code from the folder
     is run. Raises DataError if the folder does not load."""
+
+    costly = True  # 600 references would take twenty seconds on a CPU; and every text has an embedding
 
     def __init__(self, folder, batch=16):
         self.tokenizer, model = _load_embedder(folder)
@@ -162,6 +168,23 @@ def usable(entry):
         return False
     scores_D2 = np.array([*entry.values()], np.float64)
     return bool(np.isfinite(scores_D2).all() and (scores_D2 >= 0).all() and scores_D2[:, 1].sum() > 0)
+
+
+def check_reference(judge, record):
+    """DataError if the judge cannot score the record's reference, as a response to the record: no response to it could
+    get a reward. A costly judge is not asked."""
+    text = reference(record)
+    if getattr(judge, "costly", False):
+        return
+    try:
+        (entry,) = judgements(judge, [record], [text])
+    except DataError:
+        raise
+    except Exception as e:  # whatever a judge of one's own makes of a record that it did not expect
+        why = f"{type(e).__name__}: {e}".partition("\n")[0][:200]
+        raise DataError(f"{record.get('where')}: the judge breaks off at the reference ({why}); mend either") from None
+    if entry is None:
+        raise DataError(f"{record.get('where')}: the judge has no usable score for the reference; drop the record")
 
 
 def reward(judge, records, responses):

@@ -41,7 +41,7 @@ import torch.distributed as dist
 
 import checkpoint
 import common
-from answers import Answers, equal_groups, summary
+from answers import Answers, HeldOut, answerable, equal_groups, summary
 from common import Everywhere, option
 from data import DataError, Processor, index_stream
 from rewards import load_judge
@@ -184,6 +184,8 @@ class Config(Everywhere):
     prompts: str = option("runs/world/task_prompts.jsonl", "records; the last assistant message is the reference")
     judge: str = option("rules", "'rules' (the tiny world's), a sentence-embedding model's folder, or module:function")
     out: str = option("runs/rl", "folder of this run")
+    val: str = option("", "held-out prompts, to evaluate RL on and to keep the best checkpoint by; '': none")
+    eval_every: int = option(25, "steps between evaluations on --val", least=1)
     steps: int = option(100, "rollouts of batch * group responses, one update each", least=1)
     batch: int = option(8, "prompts a step and rank; paper: on 4 ranks", least=1, paper=1)
     group: int = option(8, "responses to each prompt; each learns from the others", least=2, paper=8)
@@ -252,14 +254,18 @@ class Agent:
         self.step_weights.load_state_dict(going_on["optimizer"])
         return state["step"]
 
-    def save(self, step):
+    def contents(self, step):
+        """-> (tensors, state) of a checkpoint after `step` steps."""
         cfg = self.cfg
         if self.latent is None:
             tensors = self.vlm.trained_tensors()
         else:
             tensors = common.part_tensors(self.latent, self.latent.parts)
         state = {"stage": "stage4_latent_rl", "finished": step == cfg.steps, "config": asdict(cfg), "arch": self.arch}
-        checkpoint.save(cfg.out, step, tensors, state, self.step_weights, keep=cfg.keep)
+        return tensors, state
+
+    def save(self, step):
+        checkpoint.save(self.cfg.out, step, *self.contents(step), self.step_weights, keep=self.cfg.keep)
 
 
 def micro_batches(rows, group, micro):
@@ -340,14 +346,18 @@ def give_up(agent, start, step):
 def train(cfg, guard, place):
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
     judge = load_judge(cfg.judge)
-    prompts = common.usable(common.open_records(cfg.prompts, cfg), processor, cfg, prompt_only=True)
+    prompts = answerable(cfg.prompts, cfg, processor, judge)
+    val_prompts = answerable(cfg.val, cfg, processor, judge) if cfg.val else None
     never = torch.tensor(processor.never_sampled, device=place.device)
     agent = Agent(cfg, place, never)
     start = agent.resume()
     objective = common.wrap(agent.model, agent.logp)
     order = index_stream(len(prompts), cfg.seed, start * cfg.batch * place.ranks)
     answers = Answers(agent, processor, prompts, judge, lambda r_BG: group_advantages(r_BG, cfg.loss_type))
+    held_out = HeldOut(agent, processor, val_prompts, judge) if cfg.val else None
     log, silent = common.Log(cfg.out, f"stage 4: {cfg.loss_type} {cfg.actions}", start, cfg.steps), 0
+    if held_out and start == 0:
+        log(0, **held_out(0))
 
     for step in range(start, cfg.steps):
         rows = [int(next(order)) for _ in range(cfg.batch * place.ranks)][place.rank :: place.ranks]
@@ -361,6 +371,8 @@ def train(cfg, guard, place):
         seconds = answers.seconds | {"s_update": time.perf_counter() - began}
 
         metrics |= summary(r_BG, adv_BG, roll, texts, processor.eos_id) | seconds
+        if held_out and held_out.due(step + 1):
+            metrics |= held_out(step + 1)
         metrics |= {"skipped": agent.step_weights.skipped, "resampled": common.total(resampled)}
         log(step + 1, ("reward", "reward_std", "equal_groups", "entropy", "kl", "length"), **metrics)
         silent = 0 if "reward" in metrics else silent + 1
@@ -371,6 +383,8 @@ def train(cfg, guard, place):
             agent.save(step + 1)
             guard.leave_if_asked()
     log.close()
+    if held_out:
+        held_out.tell()
 
 
 def main(argv=None):

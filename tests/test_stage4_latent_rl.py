@@ -549,6 +549,7 @@ def run_of(tmp_path, world, vlm, trainee, monkeypatch):
         raise AssertionError(f"{word} is no JSON")
 
     def run(judge, *flags):
+        judge.costly = True  # the judges of these tests count their calls: they are not asked about the references
         monkeypatch.setattr(common, "load_agent", lambda *_: (vlm, trainee, {}))
         monkeypatch.setattr(stage4_latent_rl, "load_judge", lambda name: judge)
         small = ["--batch", "2", "--group", "2", "--max-new", "4", "--temperature", "2"]
