@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import DataError
 
 BEST = "best"
-MAY_CHANGE = ("save_every", "keep")  # settings that another run of the same command line may have otherwise
+MAY_CHANGE = ("out", "save_every", "keep", "micro", "timeout")  # what is learnt does not depend on them
 
 
 def rank():
@@ -49,15 +49,15 @@ def say(text):
 def save(out, step, tensors, state, optimizer=None, extra=None, keep=2):
     """Write out/ckpt-STEP, whole or not at all: it is filled under another name, then renamed.
 
-    It stays, and so do the newest of the others, `keep` in all. extra: tensors, numbers and lists that the stage needs
-    to go on. Rank 0 writes, the others wait. A full disk or a read-only folder is a DataError; the checkpoints from
-    before stay."""
+    The newest `keep` checkpoints stay. extra: tensors, numbers and lists that the stage needs to go on. Rank 0
+    writes, the others wait. A full disk or a read-only folder is a DataError; the checkpoints from before stay."""
     failed = None
     if rank() == 0:
         try:
             write(Path(out), step, tensors, {"ranks": world_size()} | state, optimizer, extra)
-            others = [p for p in checkpoints(out) if p.name != name_of(step)]
-            for old in others[keep - 1 :]:
+            found = checkpoints(out)
+            later = [p for p in found if number(p) > step]  # damaged: the run has gone back behind them
+            for old in later + found[len(later) + keep :]:
                 shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
             failed = DataError(
@@ -95,7 +95,12 @@ def checkpoints(out):
     """-> the folders of the run's checkpoints, the newest first. They are sorted by number: 1000000 comes after
     999999."""
     found = [p for p in Path(out).glob("ckpt-*") if re.fullmatch(r"ckpt-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    return sorted(found, key=number, reverse=True)
+
+
+def number(folder):
+    """-> the step of a checkpoint's folder."""
+    return int(folder.name[5:])
 
 
 def latest(out):
@@ -184,8 +189,9 @@ def load(out, flag, stages, vlm):
 def resume(out, stage, config, may_grow=(), with_optimizer=True):
     """-> (tensors, state, what optimizer.pt holds) of an earlier run in the same folder, or None.
 
-    Refuses another config: what was trained with other settings is another run. `save_every` and `keep` may change, the
-    fields `may_grow` may become larger, and a path may be spelled in another way. Refuses another number of ranks."""
+    Refuses another config: what was trained with other settings is another run. MAY_CHANGE may change, so the folder
+    may have been moved; the fields `may_grow` may become larger, and a path may be spelled in another way. Refuses
+    another number of ranks."""
     found = newest(out, with_optimizer)
     if found is None:
         return None
@@ -244,7 +250,8 @@ class Guard:
     With several ranks all stop after the same step, because they ask each other (`asked`)."""
 
     def __init__(self, out):
-        self.out, self.signal, self.file, self.before = out, 0, None, {}
+        self.out, self.file, self.before = out, None, {}
+        self.signal = self.agreed = 0  # what this process was sent; what all ranks know of
 
     def __enter__(self):
         self.lock()
@@ -281,14 +288,16 @@ class Guard:
 
     def asked(self):
         """Is the run to stop? The same answer on every rank."""
+        seen = torch.tensor(self.signal)
         if dist.is_initialized():
-            seen = torch.tensor(self.signal, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            seen = seen.cuda() if dist.get_backend() == "nccl" else seen
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-            self.signal = int(seen)
-        return bool(self.signal)
+        self.agreed = int(seen)
+        return bool(self.agreed)
 
     def leave_if_asked(self):
-        """After the checkpoint is written."""
-        if self.signal:
+        """After the checkpoint is written. A signal that came since `asked` waits for the next step: the other ranks
+        may not have it yet, and would wait for this one."""
+        if self.agreed:
             say("stopped and saved: the same command goes on from here")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + self.agreed)

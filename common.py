@@ -351,12 +351,24 @@ def usable(records, processor, cfg, prompt_only=False, also=None):
     return records.only(found.usable)
 
 
-def reasons(cfg):
-    """-> where `batches` puts the reasons of refused rows; None: it raises the first (--strict)."""
-    return None if cfg.strict == "yes" else set()
+class Refused:
+    """Why rows of a file cannot be used: the reasons that all ranks have met, each once, interruptions included."""
+
+    def __init__(self, cfg, before=()):
+        """before: those of a checkpoint. seen: the set for `batches` to fill; None: it raises the first (--strict)."""
+        self.seen, self.counted = None if cfg.strict == "yes" else set(before), 0
+
+    def all(self):
+        """-> sorted list, the same on every rank. All ranks have to ask."""
+        if dist.is_initialized() and int(total(len(self.seen or ()))) != self.counted:
+            found = [None] * world_size()
+            dist.all_gather_object(found, self.seen)
+            self.seen.update(*(reasons or () for reasons in found))
+            self.counted = world_size() * len(self.seen)
+        return sorted(self.seen or ())
 
 
 def tell_refused(records, refused):
     """Say at the end of a run which rows of a file could not be used, if any."""
-    if text := refusals(records.path, len(records), refused or ()):
+    if text := refusals(records.path, len(records), refused.all()):
         say(text)

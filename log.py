@@ -1,5 +1,6 @@
 """The log of a run: a progress bar, and metrics.jsonl with a row for each step."""
 
+import contextlib
 import json
 import math
 import time
@@ -8,23 +9,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 import checkpoint
+from data import DataError
 
 
 class Log:
     """One progress bar with the numbers that matter and out/metrics.jsonl with all of them (rank 0 only).
 
     A run that goes on from step `start` first drops what was logged after it, so that each step stands in the file
-    once."""
+    once. A full disk or a read-only folder is a DataError; a row that is torn by it is dropped later."""
 
     def __init__(self, out, name, start, steps):
-        self.rank0, path = checkpoint.rank() == 0, Path(out) / "metrics.jsonl"
+        self.rank0, self.path = checkpoint.rank() == 0, Path(out) / "metrics.jsonl"
         self.bar = tqdm(
             total=steps, initial=start, desc=name, disable=not self.rank0, mininterval=1.0, dynamic_ncols=True
         )
         if self.rank0:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            cut_back(path, start)
-            self.file = open(path, "a")
+            with self.writing():
+                Path(out).mkdir(parents=True, exist_ok=True)
+                cut_back(self.path, start)
+                self.file = open(self.path, "a")
         self.began = time.time()
 
     def __call__(self, step, shown=(), **metrics):
@@ -35,8 +38,17 @@ class Log:
             row = {k: v for k, v in row.items() if math.isfinite(v)}
             self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.4g}" for k in shown if k in row), refresh=False)
             row = {"step": step, "seconds": round(time.time() - self.began, 3)} | row
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            with self.writing():
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+
+    @contextlib.contextmanager
+    def writing(self):
+        try:
+            yield
+        except OSError as e:
+            cure = "make room, and the same command goes on from its last checkpoint"
+            raise DataError(f"{self.path}: cannot be written ({e.strerror}); {cure}") from None
 
     def close(self):
         self.bar.close()

@@ -53,9 +53,10 @@ def train(cfg, guard, place):
     vlm = VLM(cfg.vlm, place.device, place.dtype)
     projector = Projector(vlm.config.hidden_size, cfg.mean == "skip").to(place.device)
     step_weights, start = common.Stepper(projector.parameters(), cfg.lr, cfg.clip_norm), 0
+    refused = common.Refused(cfg)
     if saved := checkpoint.resume(cfg.out, "stage1_projector", asdict(cfg), may_grow=("steps",)):
         tensors, state, going_on = saved
-        start = state["step"]
+        start, refused = state["step"], common.Refused(cfg, state["refused"])
         checkpoint.load_into(projector, {k.removeprefix("projector."): v for k, v in tensors.items()}, cfg.out)
         step_weights.load_state_dict(going_on["optimizer"])
     common.report(step_weights.params, vlm)
@@ -67,9 +68,8 @@ def train(cfg, guard, place):
         loss, error, identity = (x * norm for x in projector_loss(projector, vlm, processor, batch, h_BTD))
         return loss, {"mse": error, "mse_identity": identity}
 
-    objective, refused = common.wrap(projector, loss_fn), common.reasons(cfg)
-    drawn = start * cfg.batch * place.ranks
-    stream = batches(records, processor, cfg.batch, cfg.seed, drawn, place.rank, place.ranks, refused=refused)
+    objective, drawn = common.wrap(projector, loss_fn), start * cfg.batch * place.ranks
+    stream = batches(records, processor, cfg.batch, cfg.seed, drawn, place.rank, place.ranks, refused=refused.seen)
     log = common.Log(cfg.out, "stage 1: projector", start, cfg.steps)
     for step in range(start, cfg.steps):
         rate = min((step + 1) / (0.1 * cfg.steps), (cfg.steps - step) / (0.9 * cfg.steps))
@@ -79,14 +79,14 @@ def train(cfg, guard, place):
         sums = common.gradients(place, objective, [batch], [norm], cfg.micro)
         step_weights(batch.records)
 
-        metrics = common.mean_over_ranks(sums)
+        metrics, reasons = common.mean_over_ranks(sums), refused.all()
         metrics["proj_nll"] = metrics.pop("loss")
         shown = ("proj_nll", "mse", "mse_identity")
-        log(step + 1, shown, **metrics, refused=common.total(len(refused or ())), skipped=step_weights.skipped)
+        log(step + 1, shown, **metrics, refused=len(reasons), skipped=step_weights.skipped)
         last = step + 1 == cfg.steps
-        if last or guard.asked() or (step + 1) % cfg.save_every == 0:
+        if guard.asked() or last or (step + 1) % cfg.save_every == 0:
             tensors = {f"projector.{k}": v for k, v in projector.state_dict().items()}
-            state = {"stage": "stage1_projector", "finished": last, "config": asdict(cfg)}
+            state = {"stage": "stage1_projector", "finished": last, "config": asdict(cfg), "refused": reasons}
             checkpoint.save(cfg.out, step + 1, tensors, state, step_weights, keep=cfg.keep)
             guard.leave_if_asked()
     log.close()

@@ -192,13 +192,14 @@ class Run:
             self.place.device
         )
         self.steps, self.start, self.going_on = cfg.steps_a + cfg.steps_b, 0, None
+        self.refused, self.skipped = {kind: common.Refused(cfg) for kind in self.train}, 0
         if saved := checkpoint.resume(cfg.out, "stage2_codebook", asdict(cfg), may_grow=("steps_b",)):
             checkpoint.load_into(self.latent, saved[0], cfg.out, PARTS)
             self.start, self.going_on = saved[1]["step"], saved[2]
+            self.refused = {kind: common.Refused(cfg, before) for kind, before in saved[1]["refused"].items()}
+            self.skipped = self.going_on["optimizer"]["skipped"]
         self.log = common.Log(cfg.out, "stage 2: codebook", self.start, self.steps)
-        self.skipped = 0
         self.usage = Usage(cfg.window, self.going_on and self.going_on["extra"])
-        self.refused = {k: common.reasons(cfg) for k in self.train}
         self.streams = self.data()
 
     def split(self, files):
@@ -226,7 +227,7 @@ class Run:
                 drawn[k] * cfg.batch * self.place.ranks,
                 self.place.rank,
                 self.place.ranks,
-                refused=self.refused[k],
+                refused=self.refused[k].seen,
                 kind=kind,
             )
             for kind, k in enumerate(self.train)
@@ -237,7 +238,7 @@ class Run:
 
     def save(self, step, optimizer):
         """Write a checkpoint; the last one has the losses on the held-out rows."""
-        refused = sorted(set().union(*(r or () for r in self.refused.values())))
+        refused = {kind: r.all() for kind, r in self.refused.items()}
         state = {"stage": "stage2_codebook", "finished": step == self.steps, "config": asdict(self.cfg)}
         state |= {"arch": self.arch, "refused": refused}
         if state["finished"]:
@@ -280,10 +281,10 @@ def train_phase(run, phase, begin, end):
 
         used = {kind: sums.pop(f"used_{kind}") for kind in kinds}
         metrics = common.mean_over_ranks(sums) | run.usage(used)
-        metrics |= {f"refused_{k}": common.total(len(r or ())) for k, r in run.refused.items()}
+        metrics |= {f"refused_{k}": len(r.all()) for k, r in run.refused.items()}
         shown = ("nll_paired", "nll_text", "codes_paired", "codes_text", "perplexity_text")
         run.log(step + 1, shown, **metrics, skipped=step_weights.skipped)
-        if step + 1 == end or run.guard.asked() or (step + 1) % cfg.save_every == 0:
+        if run.guard.asked() or step + 1 == end or (step + 1) % cfg.save_every == 0:
             run.save(step + 1, step_weights)
     run.skipped = step_weights.skipped
 

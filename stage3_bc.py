@@ -135,14 +135,15 @@ class Run:
             self.files["text"] = common.open_records(cfg.text, cfg, before["config"]["text_rows"] or None)
         self.steps = cfg.steps_adapt + (cfg.steps_clone if self.clones else 0)
         self.start, self.going_on = 0, None
+        self.refused = {kind: common.Refused(cfg) for kind in self.files}
         if saved := checkpoint.resume(cfg.out, "stage3_bc", asdict(cfg), may_grow=("steps_adapt",)):
             if self.is_token:
                 common.load_trained(self.vlm, saved[0], cfg.train_share, cfg.out)
             else:
                 checkpoint.load_into(self.latent, saved[0], cfg.out)
             self.start, self.going_on = saved[1]["step"], saved[2]
+            self.refused = {kind: common.Refused(cfg, before) for kind, before in saved[1]["refused"].items()}
         self.log = common.Log(cfg.out, f"stage 3: {'SFT' if self.is_token else 'policy'}", self.start, self.steps)
-        self.refused = {k: common.reasons(cfg) for k in self.files}
 
     def load_models(self):
         """self.vlm, self.latent, self.arch -> state of the run given as --init (None for SFT)."""
@@ -176,7 +177,8 @@ class Run:
         drawn = (first - begin) * size * place.ranks
         at = (size, cfg.seed, drawn, place.rank, place.ranks)
         streams = [
-            batches(self.files[k], self.processor, *at, refused=self.refused[k], kind=KINDS.index(k)) for k in kinds
+            batches(self.files[k], self.processor, *at, refused=self.refused[k].seen, kind=KINDS.index(k))
+            for k in kinds
         ]
         for step in range(first, end):
             step_weights.rate(peak * rate((step - begin) / (end - begin)))
@@ -186,14 +188,14 @@ class Run:
             step_weights([r for batch in given for r in batch.records])
 
             shown = [k for k in sums if k.startswith(("bc", "agree", "nll"))]
-            metrics = common.mean_over_ranks(sums) | {"refused": common.total(len(self.reasons()))}
+            metrics = common.mean_over_ranks(sums) | {"refused": sum(map(len, self.reasons().values()))}
             self.log(step + 1, shown, **metrics, skipped=step_weights.skipped)
-            if step + 1 == end or self.guard.asked() or (step + 1) % cfg.save_every == 0:
+            if self.guard.asked() or step + 1 == end or (step + 1) % cfg.save_every == 0:
                 self.save(step + 1, step_weights)
 
     def reasons(self):
-        """-> why rows were refused so far, of all files."""
-        return sorted(set().union(*(r or () for r in self.refused.values())))
+        """-> {file: why rows of it were refused so far}"""
+        return {kind: r.all() for kind, r in self.refused.items()}
 
     def save(self, step, optimizer):
         tensors = self.vlm.trained_tensors() if self.is_token else common.part_tensors(self.latent, self.latent.parts)

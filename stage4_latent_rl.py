@@ -379,7 +379,7 @@ def train(cfg, guard, place):
         if silent == SILENT_STEPS:
             log.close()
             give_up(agent, start, step + 1 - silent)
-        if step + 1 == cfg.steps or guard.asked() or (step + 1) % cfg.save_every == 0:
+        if guard.asked() or step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
             agent.save(step + 1)
             guard.leave_if_asked()
     log.close()

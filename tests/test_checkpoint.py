@@ -75,6 +75,15 @@ def test_a_save_that_ends_anywhere_leaves_the_checkpoint_before(tmp_path, monkey
     assert newest(tmp_path, True)[1]["step"] == 2
 
 
+def test_a_checkpoint_behind_which_the_run_has_gone_back_is_deleted(tmp_path):
+    """It was damaged. As one of the newest it would be kept, in place of those that are whole."""
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    cut(tmp_path / "ckpt-000006" / "weights.safetensors")
+    save(tmp_path, 5, {"w": torch.zeros(2)}, state(), adam(), keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt-000005"]
+
+
 def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     write(tmp_path, 1)
 
@@ -134,8 +143,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch
 def test_a_run_goes_on_with_settings_that_do_not_matter_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("here", 4)
-    same = CONFIG | {"save_every": 1, "keep": 9, "out": "./here/", "vlm": str(tmp_path / "tiny" / "vlm")}
-    assert resume("here", "stage1_projector", same)[1]["step"] == 4
+    same = CONFIG | {"save_every": 1, "keep": 9, "micro": 1, "timeout": 5, "vlm": str(tmp_path / "tiny" / "vlm")}
+    assert resume("./here/", "stage1_projector", same)[1]["step"] == 4
+    shutil.copytree("here", "moved")
+    assert resume("moved", "stage1_projector", CONFIG | {"out": "moved"})[1]["step"] == 4
     longer = CONFIG | {"steps": 11}
     assert resume("here", "stage1_projector", longer, may_grow=("steps",))[1]["step"] == 4
     for other, flag in (({"lr": 0.2}, "--lr"), ({"steps": 9}, "--steps"), ({"vlm": "other"}, "--vlm")):
@@ -193,6 +204,17 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
         pass
 
 
+def test_a_signal_that_comes_while_a_checkpoint_is_written_waits_for_the_next_step(tmp_path):
+    """Another rank may get it a moment later: only what all ranks have agreed on ends them."""
+    with Guard(tmp_path) as guard:
+        assert not guard.asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        guard.leave_if_asked()
+        assert guard.asked()
+        with pytest.raises(SystemExit):
+            guard.leave_if_asked()
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_step_a_second_one_the_process(tmp_path, number, status):
     before = signal.getsignal(number)
@@ -222,6 +244,19 @@ def test_each_step_stands_once_in_the_log(tmp_path):
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["a"]) for r in written] == [(1, 1), (2, 3), (3, 4), (4, 6)]
     assert "b" not in written[-1] and "c" not in written[-1]
+
+
+def test_a_log_on_a_full_disk_is_one_clear_line(tmp_path):
+    log = common.Log(tmp_path, "test", 0, 2)
+    log.file = open("/dev/full", "a")
+    with pytest.raises(DataError, match="metrics.jsonl: cannot be written .No space left on device.; make room"):
+        log(1, a=1)
+    with pytest.raises(OSError):  # what could not be written is still there to be
+        log.file.close()
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(DataError, match="metrics.jsonl: cannot be written"):
+        common.Log(tmp_path, "test", 0, 2)
 
 
 # --------------------------------------------------------------------------------------------- not finite steps
