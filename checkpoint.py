@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import DataError
 
 BEST = "best"
-MAY_CHANGE = ("out", "save_every", "keep", "micro", "timeout")  # what is learnt does not depend on them
+MAY_CHANGE = ("out", "save_every", "keep", "micro", "checkpointing", "timeout")  # memory, time and place alone
 
 
 def rank():
@@ -46,6 +46,16 @@ def say(text):
 
 
 # -------------------------------------------------------------------------------------------------------- write
+def make_folder(out):
+    """Make the folder of a run or an evaluation before the work begins; DataError if it cannot be."""
+    if not str(out).strip():
+        raise DataError("--out: is empty; give a folder")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DataError(f"--out {out}: cannot be written ({first_line(e)})") from None
+
+
 def save(out, step, tensors, state, optimizer=None, extra=None, keep=2):
     """Write out/ckpt-STEP, whole or not at all: it is filled under another name, then renamed.
 
@@ -270,8 +280,8 @@ class Guard:
     def lock(self):
         if rank() != 0:
             return
+        make_folder(self.out)
         try:
-            Path(self.out).mkdir(parents=True, exist_ok=True)
             self.file = open(Path(self.out) / "lock", "w")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

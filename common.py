@@ -132,7 +132,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
     if ranks > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=cfg.timeout))
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed % 2**63)  # torch takes no larger one
     auto = "bfloat16" if cuda else "float32"
     return Place(device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), rank, ranks)
 

@@ -126,6 +126,8 @@ class Processor:
         except Exception as e:  # whatever a broken folder makes the library raise
             reason = str(e).strip().partition("\n")[0][:200]
             raise DataError(f"--vlm {vlm}: its tokenizer or image processor does not load ({reason})") from None
+        if not self.tokenizer.chat_template:
+            raise DataError(f"--vlm {vlm}: its tokenizer has no chat template; give a checkpoint that can chat")
         self.max_length, self.max_pixels, self.max_decode, self.loss_on = max_length, max_pixels, max_decode, loss_on
         names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
         self.image_id, *around = [self._own_token(vlm, name) for name in names]

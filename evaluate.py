@@ -335,6 +335,7 @@ def main(argv=None):
     place = common.setup(cfg)
     if cfg.codebook and not cfg.bc:
         raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
+    checkpoint.make_folder(cfg.out)
     wanted, judge = rows_wanted(cfg), load_judge(cfg.judge)
     embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
@@ -354,7 +355,6 @@ def main(argv=None):
     results = {"rows": rows, "config": asdict(cfg), "torch": torch.__version__, "device": str(place.device)}
     if cfg.codebook:
         results["codes"], results["codebook_val"] = code_usage(cfg, processor, place, latent_rolls)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     write(cfg, results, groups)
     write_examples(cfg, processor, files[list(TESTS[cfg.task])[-1]], answers, latent_name, latent_rolls)
 

@@ -263,6 +263,8 @@ def action_logits(policy, roll):
     """pi's logits for every action of a rollout, from the contexts it kept: no pass through the VLM. -> (N, T, K)"""
     decoder = PolicyDecoder(policy, DynamicCache())
     first_N1K = decoder.prefill(roll.e_BLD, roll.prompt.mask_BT if roll.prompt.padded else None, roll.group)
+    if roll.tokens_NT.shape[1] == 1:  # a response of one token needs no state but the prompt's
+        return first_N1K
     return torch.cat((first_N1K, decoder.step(roll.e_NTD[:, :-1], roll.seen_NS())), 1)
 
 
@@ -271,6 +273,8 @@ def token_states(vlm, roll):
     gradients where it trains. A prompt and its images are read once for the group, as for the latent policy."""
     decoder = VLMDecoder(vlm, DynamicCache(config=vlm.config))
     first_N1D = decoder.prefill(roll.prompt, roll.group)[:, -1:].repeat_interleave(roll.group, 0)
+    if roll.tokens_NT.shape[1] == 1:
+        return first_N1D
     return torch.cat((first_N1D, decoder.step(roll.tokens_NT[:, :-1], roll.seen_NS())), 1)
 
 

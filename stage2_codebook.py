@@ -207,6 +207,8 @@ class Run:
         cfg, train, held_out = self.cfg, {}, {}
         for kind, f in files.items():
             rows = np.arange(len(f))
+            if cfg.val >= len(f):
+                raise DataError(f"--val {cfg.val}: {f.path} has {len(f)} rows, so none would be left to learn from")
             train[kind] = f.only(rows[: len(f) - cfg.val])
             if cfg.val:
                 held_out[kind] = common.usable(f.only(rows[len(f) - cfg.val :]), self.processor, cfg)

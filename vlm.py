@@ -104,6 +104,22 @@ def load_model(name, dtype):
     return model
 
 
+def check_kind(name, vlm):
+    """Refuse a model that these files would run and get wrong: images that do not reach it, attention that forgets, a
+    head that does more than one product."""
+    layers = set(getattr(vlm.config, "layer_types", None) or ()) - {"full_attention"}
+    shaping = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    faults = {
+        "takes no pixel_values or no image_grid_thw": not {"pixel_values", "image_grid_thw"} <= vlm.accepts,
+        f"has layers of the type {', '.join(sorted(layers))}": bool(layers),
+        "has a bias in its LM head": vlm.head.bias is not None,
+        "scales or caps its logits": any(getattr(vlm.config, k, None) not in (None, 1) for k in shaping),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise DataError(f"--vlm {name}: {fault}; it must be a vision-language model of Qwen2.5-VL's kind")
+
+
 class VLM(nn.Module):
     """A Hugging Face image-text-to-text model of Qwen2.5-VL's kind, frozen: h = f_VLM(x), and the LM head."""
 
@@ -117,6 +133,7 @@ class VLM(nn.Module):
         pack(self)
         self.config = self.model.config.get_text_config()
         self.accepts = set(inspect.signature(self.body.forward).parameters)
+        check_kind(name, self)
 
     def train_last(self, share):
         """The token-level baseline: unfreeze the last `share` of the blocks, the final norm, embeddings and head.

@@ -146,6 +146,7 @@ class Run:
     argv: list
     out: Path
     ranks: int = 1
+    seconds: float | None = None  # that the last `finish` took
 
     def start(self, die=None):
         """-> its processes. die: what rank 0 dies of, see `watch`."""
@@ -203,7 +204,8 @@ class Run:
                 p.kill()
             join(processes, LONGEST)
         self.check_ended(processes)
-        return time.monotonic() - began
+        self.seconds = time.monotonic() - began
+        return self.seconds
 
     def kill(self, processes, victims):
         """SIGKILL some; the others get SIGTERM and five seconds, as from torchrun. -> was any of them killed?"""
@@ -224,15 +226,14 @@ class Run:
         return checkpoint.read(newest, True)[1]["step"] if newest else 0
 
 
-def storm(run, kills, reference, seed):
+def storm(run, kills, reference, seed, whole=None):
     """Kill a run so many times, a fifth while it starts, the others while it trains and saves, at random moments; and
     run it again each time. A finished one is thrown away until all kills have been made.
 
+    whole: seconds of a run that nothing disturbs; None: they are measured.
     -> Counter {what rank 0 was doing: kills}, finished runs, what differed from the folder `reference`."""
     rng, fell, finished, different = random.Random(seed), Counter(), 0, set()
-    whole, steps, start = run.finish(), run.step(), run.finish()  # seconds; a finished run has nothing to do but start
-    different |= differences(run.out, reference)
-    shutil.rmtree(run.out)
+    whole, steps = whole or run.finish(), int(checkpoint.latest(reference).name[5:])
     while True:
         before = run.step()
         if before and checkpoint.read_state(run.out)["finished"]:
@@ -244,12 +245,12 @@ def storm(run, kills, reference, seed):
         if fell.total() == kills:
             run.finish()
             continue
-        processes, left = run.start(), (whole - start) * (1 - before / steps)
+        processes = run.start()
         if rng.random() < 0.2:
-            join(processes, rng.uniform(0, start))
+            join(processes, rng.uniform(0, whole / 2))
         else:
-            run.until_it_trains(processes)
-            join(processes, rng.uniform(0, left))
+            run.until_it_trains(processes)  # that is about half of such a short run
+            join(processes, rng.uniform(0, whole / 2 * (1 - before / steps)))
         alive = [p for p in processes if p.exitcode is None]
         run.check_ended([p for p in processes if p not in alive])
         if alive and run.kill(processes, rng.sample(alive, rng.randint(1, len(alive)))):
@@ -271,13 +272,15 @@ def equal(a, b):
 
 def left_behind(out):
     """-> {what: value} of a finished run: all that must be the same whenever and wherever it was interrupted."""
-    newest = checkpoint.latest(out)
-    state = json.loads((newest / "state.json").read_text())
+    found = {}
+    for name, newest in (("", checkpoint.latest(out)), ("best ", checkpoint.latest(out / checkpoint.BEST))):
+        if newest:
+            found[f"{name}state.json"] = json.loads((newest / "state.json").read_text()) | {"config": None}
+            found[f"{name}weights"] = load_file(newest / "weights.safetensors")
+    found["optimizer.pt"] = torch.load(checkpoint.latest(out) / "optimizer.pt", weights_only=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("s_")} for row in rows]
-    found = {"steps of the log": [row["step"] for row in rows], "state.json": state | {"config": None}}
-    found["optimizer.pt"] = torch.load(newest / "optimizer.pt", weights_only=True)
-    found["weights"] = load_file(newest / "weights.safetensors")
+    found["steps of the log"] = [row["step"] for row in rows]
     for name in sorted({k for row in rows for k in row}):
         found[f"{name} of the log"] = [row.get(name) for row in rows]
     return found
