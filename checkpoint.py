@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -46,16 +47,6 @@ def say(text):
 
 
 # -------------------------------------------------------------------------------------------------------- write
-def make_folder(out):
-    """Make the folder of a run or an evaluation before the work begins; DataError if it cannot be."""
-    if not str(out).strip():
-        raise DataError("--out: is empty; give a folder")
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise DataError(f"--out {out}: cannot be written ({first_line(e)})") from None
-
-
 def save(out, step, tensors, state, optimizer=None, extra=None, keep=2):
     """Write out/ckpt-STEP, whole or not at all: it is filled under another name, then renamed.
 
@@ -94,6 +85,18 @@ def write(out, step, tensors, state, optimizer, extra):
     (new / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
     shutil.rmtree(name, ignore_errors=True)
     new.rename(name)
+
+
+def open_folder(out, flag="--out"):
+    """Make a folder and see that it can be written to, before the work whose results go there. DataError if not."""
+    if not str(out).strip():
+        raise DataError(f"{flag}: is empty; give a folder")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as e:
+        raise DataError(f"{flag} {out}: cannot be written ({first_line(e)}); choose another folder") from None
 
 
 # --------------------------------------------------------------------------------------------------------- read
@@ -280,7 +283,7 @@ class Guard:
     def lock(self):
         if rank() != 0:
             return
-        make_folder(self.out)
+        open_folder(self.out)
         try:
             self.file = open(Path(self.out) / "lock", "w")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -310,4 +313,6 @@ class Guard:
         may not have it yet, and would wait for this one."""
         if self.agreed:
             say("stopped and saved: the same command goes on from here")
+            if dist.is_initialized():
+                dist.destroy_process_group()
             sys.exit(128 + self.agreed)

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import math
 import os
-import sys
 from collections import Counter
 
 import torch
@@ -20,6 +19,7 @@ from log import Log as Log
 from log import read_metrics as read_metrics
 from model import LatentModel
 from pictures import MAX_DECODE
+from ranks import run as run
 from records import refusals
 from vlm import VLM
 
@@ -90,18 +90,6 @@ def check_number(parser, f, value):
         parser.error(f"{flag}: {value} is too small, it must be at least {least}")
 
 
-def run(main):
-    """Run a script's main; bad input becomes one line on stderr and exit status 2."""
-    try:
-        main()
-    except DataError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 # ------------------------------------------------------------------------------------------------ device and ranks
 @dataclasses.dataclass
 class Place:
@@ -121,8 +109,9 @@ class Place:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def setup(cfg):
-    """-> Place. Under torchrun: nccl on CUDA, gloo on CPU; seeds the initial weights, equal on every rank.
+def setup(cfg, backend=None):
+    """-> Place. Seeds the initial weights, equal on every rank. backend: of the ranks' process group under torchrun, by
+    default nccl on CUDA and gloo on a CPU.
 
     cfg.dtype 'auto' is bfloat16 on CUDA and float32 on a CPU."""
     rank, ranks = checkpoint.rank(), int(os.environ.get("WORLD_SIZE", 1))
@@ -131,7 +120,8 @@ def setup(cfg):
     if cuda:
         torch.cuda.set_device(device)
     if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=cfg.timeout))
+        backend = backend or ("nccl" if cuda else "gloo")
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
     torch.manual_seed(cfg.seed % 2**63)  # torch takes no larger one
     auto = "bfloat16" if cuda else "float32"
     return Place(device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), rank, ranks)

@@ -17,8 +17,13 @@ such a file), on paired data, on text-only data, and in the latent policy's own 
 Written to --out: results.json, table.md, diversity.json (the groups of responses, for any other embedding), and what
 plots.py draws: curves.png, codes.png, examples.md.
 
+Under torchrun the ranks share the drawing, a batch of --batch prompts at a time. Rank 0 does all the rest: it reads,
+judges and writes. The results are those of one process.
+
     python evaluate.py --sft runs/sft --bc runs/stage3 --token runs/rl_token --latent runs/rl \\
         --codebook runs/stage2 --out runs/eval
+    torchrun --nproc-per-node 4 evaluate.py --vlm Qwen/Qwen2.5-VL-3B-Instruct --data data --batch 8 \\
+        --sft runs/3b/sft --latent runs/3b/rl_latent --out runs/3b/eval
 """
 
 import json
@@ -35,7 +40,8 @@ import checkpoint
 import common
 import plots
 from common import Everywhere, option
-from data import DataError, Processor, uniforms
+from data import DataError, Processor
+from ranks import gather
 from rewards import (
     EmbeddingJudge,
     check_reference,
@@ -45,7 +51,7 @@ from rewards import (
     ngram_embed,
     rollout_diversity,
 )
-from rollout import decode, rollout
+from speaker import Speaker, texts
 from vlm import VLM
 
 # a_val and b_val: the validation sets, to choose settings on
@@ -106,8 +112,12 @@ def rows_wanted(cfg):
         run = getattr(cfg, flag)
         if run:
             _, state = checkpoint.load(run, f"--{flag}", stages, cfg.vlm)
+            if (trained := state["config"]["actions"]) != actions:
+                raise DataError(f"--{flag} {run}: was trained with --actions {trained}, not {actions}")
             loss = state["config"].get("loss_type", "")
             rows[name.replace("RL", loss.upper())] = (actions, run)
+    if cfg.codebook:
+        checkpoint.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
     if not rows:
         raise DataError("nothing to evaluate; give --sft, --bc, --token or --latent, or --prompt yes")
     return rows
@@ -118,39 +128,6 @@ def load_model(cfg, actions, run, place):
     if run is None:
         return VLM(cfg.vlm, place.device, place.dtype), None
     return common.load_agent(run, actions, cfg.vlm, place)[:2]
-
-
-# ------------------------------------------------------------------------------------------------ responses
-class Speaker:
-    """Draws responses of any model; what is drawn depends on the seed, the test and the prompt's place in it alone."""
-
-    def __init__(self, cfg, processor, place):
-        self.cfg, self.processor, self.place = cfg, processor, place
-        self.never = torch.tensor(processor.never_sampled, device=place.device)
-
-    def __call__(self, vlm, latent, records, group, temperature, salt):
-        """`group` responses to each record. -> (texts [record][sample], a Rollout for each batch)"""
-        cfg, processor, texts, rolls = self.cfg, self.processor, [], []
-        for i in range(0, len(records), cfg.batch):
-            part = records[i : i + cfg.batch]
-            prompts = [processor.example(r, prompt_only=True) for r in part]
-            rows = [(salt, i + j, g) for j in range(len(part)) for g in range(group)]
-            with self.place.autocast():
-                roll = rollout(
-                    vlm,
-                    latent,
-                    processor.collate(prompts, left=True).to(self.place.device),
-                    uniforms(cfg.seed, rows, cfg.max_new).to(self.place.device),
-                    group=group,
-                    temperature=temperature,
-                    never=self.never,
-                    eos=processor.eos_id,
-                    pad=processor.pad_id,
-                )
-            flat = decode(processor.tokenizer, roll, processor.eos_id)
-            texts += [flat[k : k + group] for k in range(0, len(flat), group)]
-            rolls.append(roll)
-        return texts, rolls
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -262,54 +239,64 @@ class CodeCounter:
 CODEBOOK = ("projector", "inverse", "quantiser")  # the parts that infer codes
 
 
-def code_usage(cfg, processor, place, rolls):
+def code_usage(cfg, processor, place, files, said):
     """-> ({where: {style: counts of each code}}, what stage 2 measured on held-out data).
 
-    rolls: those of the last latent policy on the last test."""
+    said: the responses of the last latent policy to the last test."""
     tensors, state = checkpoint.load(cfg.codebook, "--codebook", ["stage2_codebook"], cfg.vlm)
     vlm = VLM(cfg.vlm, place.device, place.dtype)
     latent = common.build_latent(vlm, state["arch"], tensors, cfg.codebook, CODEBOOK).to(place.device)
     count = CodeCounter(processor.tokenizer, read_styles(cfg.data), latent.quantiser.codes)
     usage = {}
     for name, file in (("paired data", "paired"), ("text-only data", "text")):
-        records = all_of(records_of(cfg, file, 200))
-        usage[name] = count.by_style(count.inferred(vlm, latent, processor, records, place))
-    taken = torch.cat([r.actions_NT[r.mask_NT] for r in rolls])
-    said = torch.cat([r.tokens_NT[r.mask_NT] for r in rolls])
+        usage[name] = count.by_style(count.inferred(vlm, latent, processor, files[file], place))
+    a_M = torch.tensor([code for samples in said for response in samples for code in response.codes])
+    ids_M = torch.tensor([token for samples in said for response in samples for token in response.tokens])
     policy = "policy after RL" if cfg.latent else "cloned policy"
-    usage[f"{policy}, {list(TESTS[cfg.task])[-1]} test"] = count.by_style(count(taken, said))
+    usage[f"{policy}, {list(TESTS[cfg.task])[-1]} test"] = count.by_style(count(a_M, ids_M))
     return usage, state["val"]
 
 
 # ------------------------------------------------------------------------------------------------ all of it
-def evaluate(cfg, speaker, judge, embed, files, model, run):
-    """One row of the table. -> (its numbers; texts and rollouts of the last test; the groups for the diversity)"""
+def draw(cfg, speaker, model, files):
+    """All responses of one model -> {test, or 'prompts' for the diversity: [record][sample] Response}"""
+    drawn = {
+        test: speaker(model, files[test], cfg.samples, cfg.temperature, salt)
+        for salt, test in enumerate(TESTS[cfg.task])
+    }
+    return drawn | {"prompts": speaker(model, files["prompts"], cfg.group, 1.0, 2)}
+
+
+def numbers(cfg, judge, embed, files, drawn, run):
+    """One row of the table, from what was drawn."""
     row = {"run": run or cfg.vlm}
-    for salt, test in enumerate(TESTS[cfg.task]):
-        texts, rolls = speaker(*model, files[test], cfg.samples, cfg.temperature, salt)
-        lengths = [roll.mask_NT.sum(1).float().mean().item() for roll in rolls]
-        row[test] = score(judge, files[test], texts) | {"length": float(np.mean(lengths))}
-    groups, _ = speaker(*model, files["prompts"], cfg.group, 1.0, 2)
-    row["diversity"] = float(np.mean([rollout_diversity(embed(group)) for group in groups]))
+    for test in TESTS[cfg.task]:
+        lengths = [len(response.tokens) for samples in drawn[test] for response in samples]
+        row[test] = score(judge, files[test], texts(drawn[test])) | {"length": float(np.mean(lengths))}
+    row["diversity"] = float(np.mean([rollout_diversity(embed(group)) for group in texts(drawn["prompts"])]))
     if run in (cfg.token, cfg.latent):
         row |= training(run)
-    return row, texts, rolls, groups
+    return row
 
 
 def load_data(cfg, processor, judge):
-    """-> {test: records}, and under 'prompts' those of the diversity, which nobody judges.
+    """-> {test: records}, under 'prompts' those of the diversity, under 'paired' and 'text' those of --codebook.
 
-    A bad prompt, and a reference that the judge cannot score, is named before the work begins."""
+    A bad row, and a reference that the judge cannot score, is named before the work begins."""
     prompts = "task_b_prompts" if cfg.task.startswith("b") else "task_prompts"
     files = {test: records_of(cfg, name, cfg.limit) for test, name in TESTS[cfg.task].items()}
     also = {name: partial(check_reference, judge) for name in files}
     files["prompts"] = records_of(cfg, prompts, cfg.diversity_prompts)
-    return {name: all_of(common.usable(f, processor, cfg, True, also.get(name))) for name, f in files.items()}
+    found = {name: all_of(common.usable(f, processor, cfg, True, also.get(name))) for name, f in files.items()}
+    for name in ("paired", "text") if cfg.codebook else ():
+        found[name] = all_of(common.usable(records_of(cfg, name, 200), processor, cfg))
+    return found
 
 
 def write(cfg, results, groups):
     """Files of --out but examples.md. groups: {row: responses for the diversity}"""
     out, rows = Path(cfg.out), results["rows"]
+    print(table(rows, TESTS[cfg.task]))
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "diversity.json").write_text(json.dumps(groups, indent=1))
     (out / "table.md").write_text(table(rows, TESTS[cfg.task]) + "\n")
@@ -318,45 +305,52 @@ def write(cfg, results, groups):
         plots.draw_curves(curves, out / "curves.png")
     if "codes" in results:
         plots.draw_usage(results["codes"], "text-only data", out / "codes.png")
-    print(table(rows, TESTS[cfg.task]))
 
 
-def write_examples(cfg, processor, records, answers, name, rolls):
-    """examples.md of the first six records; name, rolls: the last latent row and its rollouts, if there is one."""
+def write_examples(cfg, processor, records, answers, name, said):
+    """examples.md of the first six records; name, said: the last latent row and its responses, if there is one."""
     shown, latent = records[:6], None
-    if rolls:
-        firsts = [(roll, k) for roll in rolls for k in range(0, len(roll.tokens_NT), roll.group)][: len(shown)]
-        latent = name, [plots.spoken(processor.tokenizer, roll, k, processor.eos_id) for roll, k in firsts]
+    if said:
+        firsts = [samples[0] for samples in said[: len(shown)]]
+        latent = name, [plots.spoken(processor.tokenizer, r.tokens, r.codes, processor.eos_id) for r in firsts]
     plots.write_examples(Path(cfg.out), list(TESTS[cfg.task])[-1], shown, answers, latent)
 
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    place = common.setup(cfg)
+    place = common.setup(cfg, "gloo")  # the ranks exchange responses alone
     if cfg.codebook and not cfg.bc:
         raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
-    checkpoint.make_folder(cfg.out)
-    wanted, judge = rows_wanted(cfg), load_judge(cfg.judge)
-    embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
+    wanted, rank0, files = rows_wanted(cfg), place.rank == 0, None
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
-    files, speaker = load_data(cfg, processor, judge), Speaker(cfg, processor, place)
+    if rank0:
+        judge = load_judge(cfg.judge)
+        embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
+        files = load_data(cfg, processor, judge)
+        checkpoint.open_folder(cfg.out)
+    files = gather(files)[0]
+    speaker, last = Speaker(cfg, processor, place), list(TESTS[cfg.task])[-1]
 
-    rows, answers, groups, latent_name, latent_rolls = {}, {}, {}, None, []
+    rows, answers, groups, latent_name, latent_said = {}, {}, {}, None, []
     for name, (actions, run) in wanted.items():
         began = time.time()
-        model = load_model(cfg, actions, run, place)
-        row, texts, rolls, groups[name] = evaluate(cfg, speaker, judge, embed, files, model, run)
-        rows[name], answers[name] = row, [samples[0] for samples in texts]
+        drawn = draw(cfg, speaker, load_model(cfg, actions, run, place), files)
+        if not rank0:
+            continue
+        rows[name] = row = numbers(cfg, judge, embed, files, drawn, run)
+        answers[name], groups[name] = [samples[0].text for samples in drawn[last]], texts(drawn["prompts"])
         if actions == "latent":
-            latent_name, latent_rolls = name, rolls
+            latent_name, latent_said = name, drawn[last]
         ratios = ", ".join(f"{test} {row[test]['ratio']:.3f}" for test in TESTS[cfg.task])
         common.say(f"{name}: {ratios}, diversity {row['diversity']:.3f} ({time.time() - began:.0f} s)")
+    if not rank0:
+        return
 
     results = {"rows": rows, "config": asdict(cfg), "torch": torch.__version__, "device": str(place.device)}
     if cfg.codebook:
-        results["codes"], results["codebook_val"] = code_usage(cfg, processor, place, latent_rolls)
+        results["codes"], results["codebook_val"] = code_usage(cfg, processor, place, files, latent_said)
     write(cfg, results, groups)
-    write_examples(cfg, processor, files[list(TESTS[cfg.task])[-1]], answers, latent_name, latent_rolls)
+    write_examples(cfg, processor, files[last], answers, latent_name, latent_said)
 
 
 if __name__ == "__main__":

@@ -135,10 +135,8 @@ def code_colours(codes):
     return colours
 
 
-def spoken(tokenizer, roll, row, eos):
-    """[(text of the token, code of its action)] of one row of a latent rollout; EOS is called END."""
-    mask = roll.mask_NT[row]
-    tokens, codes = roll.tokens_NT[row][mask].tolist(), roll.actions_NT[row][mask].tolist()
+def spoken(tokenizer, tokens, codes, eos):
+    """[(text of the token, code of its action)] of one response; EOS is called END."""
     return [(END if t == eos else tokenizer.decode([t]), a) for t, a in zip(tokens, codes)]
 
 

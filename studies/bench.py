@@ -27,6 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 import common
 from common import option
 from data import DataError
@@ -295,6 +296,7 @@ def main(argv=None):
     if cfg.only:
         print(peak_memory(shapes[first], device, cfg.only))
         return
+    checkpoint.open_folder(cfg.out)
     rows = [row for name, shape in shapes.items() for row in measure(name, shape, device, cfg.reps)]
     grown = growth(shapes[first], device)
     memory = add_memory(cfg, rows, first, shapes[first].vocab)
@@ -303,7 +305,6 @@ def main(argv=None):
     results["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     results["seconds"] = time.time() - began
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "table.md").write_text(table(rows) + "\n")
     plot(grown, memory, out / "growth.png")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from matplotlib.colors import to_hex, to_rgb
 
+import checkpoint
 import common
 from common import option
 from plots import COLOURS, PARTS, blank, box, points
@@ -391,7 +392,7 @@ def stages(path):
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.open_folder(cfg.out)
     timeline(out / "timeline.png")
     stages(out / "stages.png")
 

@@ -387,6 +387,7 @@ def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
     if unknown := set(cfg.tables) - set(MAKERS):
         raise DataError(f"--tables {cfg.tables}: there is no table {min(unknown)}, choose from {''.join(MAKERS)}")
+    checkpoint.open_folder(cfg.results, "--results")
     folders = [set(plan(cfg, [seed])) for seed in range(1, cfg.seeds + 1)]
     reported = 0
 

@@ -169,15 +169,20 @@ def letters(records, responses):
 letters.costly = True  # so it is not asked about the references, and no row is refused because it fails there
 
 
-def shell(*argv):
+def shell(*argv, timeout=None):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env=env, timeout=timeout)
+
+
+def launch(argv, ranks=2, seconds=300):
+    """torchrun -> CompletedProcess; a run that hangs is an error after so many seconds."""
+    port = str(20000 + os.getpid() % 20000)
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port]
+    return shell(*start, *argv, timeout=seconds)
 
 
 def torchrun(argv, ranks=2):
-    port = str(20000 + os.getpid() % 20000)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port]
-    done = shell(*launch, *argv)
+    done = launch(argv, ranks)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -3,19 +3,22 @@
 import ast
 import json
 import math
-from pathlib import Path
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT, TINY, launch, shake
 
 import checkpoint
 import evaluate
+import speaker
 from data import DataError
 from model import LatentModel
+from rollout import Rollout
 from vlm import VLM
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = str(ROOT / "tiny" / "vlm")
 SCORES = {"good": {"A": (8.0, 4.0), "B": (6.0, 6.0)}, "poor": {"A": (2.0, 4.0), "B": (3.0, 6.0)}, "fail": None}
 
 
@@ -142,7 +145,7 @@ def runs(tmp_path_factory):
     out, arch = tmp_path_factory.mktemp("runs"), {"codes": 16, "inverse_blocks": 1, "policy_blocks": 1}
     torch.manual_seed(0)
     vlm = VLM(TINY)
-    latent = LatentModel(vlm.config, **arch).state_dict()
+    latent = shake(LatentModel(vlm.config, **arch)).state_dict()
     vlm.train_last(0.2)
     trained, share = vlm.trained_tensors(), {"train_share": 0.2}
     val = {"text": {"val_inferred": 1.0}}
@@ -171,13 +174,17 @@ def runs(tmp_path_factory):
     return out
 
 
+RUNS = {"sft": "sft", "bc": "bc", "token": "rl_token", "latent": "rl", "codebook": "codebook"}
 FEW = ["--vlm", TINY, "--limit", "2", "--diversity-prompts", "2", "--group", "2", "--max-new", "8", "--batch", "1"]
 
 
+def models(runs, *flags):
+    """These models' flags, and their values."""
+    return [word for flag in flags for word in (f"--{flag}", f"{runs}/{RUNS[flag]}")]
+
+
 def test_the_whole_evaluation(runs, world, tmp_path):
-    models = ["--sft", f"{runs}/sft", "--bc", f"{runs}/bc", "--token", f"{runs}/rl_token", "--latent", f"{runs}/rl"]
-    codebook = ["--codebook", f"{runs}/codebook", "--samples", "2"]
-    evaluate.main([*FEW, "--data", str(world), *models, *codebook, "--out", str(tmp_path)])
+    evaluate.main([*FEW, "--data", str(world), *models(runs, *RUNS), "--samples", "2", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     rows = results["rows"]
     assert list(rows) == ["Prompt", "SFT", "BC latent", "GRPO token", "GRPO latent"]
@@ -242,3 +249,76 @@ def test_a_step_without_a_reward_is_in_neither_end_of_the_training(tmp_path):
     rows = [{"step": k, "s_rollout": 1.0, "s_update": 2.0} | ({"reward": k / 10} if k > 1 else {}) for k in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluate.training(tmp_path) == {"reward_start": 0.2, "reward_end": 0.5, "s_rollout": 1.0, "s_update": 2.0}
+
+
+def test_what_would_stop_it_at_the_end_stops_it_before_anything_is_drawn(runs, world, tmp_path, monkeypatch):
+    """A folder that cannot be written to; data that only the use of the codes needs."""
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="--out .*/file/x: cannot be written"):
+        evaluate.main([*FEW, "--data", str(world), "--out", f"{tmp_path}/file/x"])
+    shutil.copytree(world, tmp_path / "data")
+    (tmp_path / "data" / "paired.jsonl").unlink()
+    flags = ["--bc", f"{runs}/bc", "--codebook", f"{runs}/codebook", "--out", f"{tmp_path}/x"]
+    with pytest.raises(DataError, match="paired.jsonl: no such file"):
+        evaluate.main([*FEW, "--data", f"{tmp_path}/data", *flags])
+    with pytest.raises(DataError, match="--codebook .*is a checkpoint of stage3_bc"):
+        evaluate.main([*FEW, "--data", str(world), *flags, "--codebook", f"{runs}/bc"])
+
+
+# ------------------------------------------------------------------------------------------------ two ranks
+def test_responses_by_hand():
+    roll = Rollout(
+        prompt=None,
+        group=2,
+        tokens_NT=torch.tensor([[2, 3, 9], [9, 0, 0], [2, 2, 2], [3, 9, 0]]),
+        mask_NT=torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.bool),
+        logp_NT=None,
+        actions_NT=torch.tensor([[5, 6, 7], [8, 0, 0], [4, 4, 4], [1, 2, 0]]),
+    )
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join("ab"[i - 2] for i in ids))
+    one, two = speaker.responses(tokenizer, roll, eos=9)
+    assert one == [speaker.Response("ab", [2, 3, 9], [5, 6, 7]), speaker.Response("", [9], [8])]
+    assert two == [speaker.Response("aaa", [2, 2, 2], [4, 4, 4]), speaker.Response("b", [3, 9], [1, 2])]
+    assert speaker.texts([one, two]) == [["ab", ""], ["aaa", "b"]]
+    assert speaker.responses(tokenizer, replace(roll, actions_NT=None), eos=9)[0][0].codes == []
+
+
+def on_two_ranks(folder, runs, **more):
+    (folder / "work.json").write_text(json.dumps({"runs": [["evaluate", flags] for flags in runs]} | more))
+    return launch(["tests/faulty.py", f"{folder}/work.json"])
+
+
+def files_of(folder):
+    """{name: content}, without the one setting that two evaluations have otherwise."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    results = json.loads(found["results.json"])
+    return found | {"results.json": results | {"config": results["config"] | {"out": ""}}}
+
+
+def test_two_ranks_write_the_files_of_one_process(runs, world, tmp_path):
+    """Several batches, the last of them shorter; and one batch, so that a rank has none."""
+    small = ["--vlm", TINY, "--data", str(world), "--group", "2", "--samples", "2", "--max-new", "8", "--batch", "2"]
+    some = [
+        [*small, *models(runs, "bc", "latent", "codebook"), "--limit", "3", "--diversity-prompts", "5", "--out"],
+        [*small, "--prompt", "no", "--latent", f"{runs}/rl", "--limit", "1", "--diversity-prompts", "2", "--out"],
+    ]
+    done = on_two_ranks(tmp_path, [[*argv, f"{tmp_path}/two-{k}"] for k, argv in enumerate(some)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    for k, argv in enumerate(some):
+        evaluate.main([*argv, f"{tmp_path}/one-{k}"])
+        one, two = (files_of(tmp_path / f"{name}-{k}") for name in ("one", "two"))
+        assert set(one) == set(two) and {"examples.md", "table.md", "diversity.json"} < set(one)
+        assert [name for name in one if one[name] != two[name]] == []
+    said = json.loads((tmp_path / "one-0" / "diversity.json").read_text())["GRPO latent"]
+    assert len({text for group in said for text in group}) > 3  # so that another order would be seen
+
+
+@pytest.mark.all
+def test_an_error_on_one_rank_is_one_line(runs, world, tmp_path):
+    flags = [*FEW, "--data", str(world), "--latent", f"{runs}/rl", "--out", f"{tmp_path}/x"]
+    done = on_two_ranks(tmp_path, [flags], fault=[1, "speaker.rollout", 2, "bad_data"])
+    assert done.returncode != 0 and done.stderr.count("row 7: bad") == 1
+    assert "error: rank 1: rows.jsonl, row 7: bad\n" in done.stderr
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert list((tmp_path / "x").iterdir()) == []

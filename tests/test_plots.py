@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -81,15 +80,10 @@ def test_usage_with_and_without_styles(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the actions
-def test_spoken_takes_the_real_tokens_of_a_row():
-    roll = SimpleNamespace(
-        tokens_NT=torch.tensor([[5, 6, 9, 0], [8, 9, 0, 0]]),
-        actions_NT=torch.tensor([[1, 2, 3, 4], [7, 1, 0, 0]]),
-        mask_NT=torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool),
-    )
+def test_spoken_has_a_text_and_a_code_for_each_token():
     tokenizer = SimpleNamespace(decode=lambda ids: {5: "A", 6: " red", 8: "By"}[ids[0]])
-    assert plots.spoken(tokenizer, roll, 0, eos=9) == [("A", 1), (" red", 2), (plots.END, 3)]
-    assert plots.spoken(tokenizer, roll, 1, eos=9) == [("By", 7), (plots.END, 1)]
+    assert plots.spoken(tokenizer, [5, 6, 9], [1, 2, 3], eos=9) == [("A", 1), (" red", 2), (plots.END, 3)]
+    assert plots.spoken(tokenizer, [8, 9], [7, 1], eos=9) == [("By", 7), (plots.END, 1)]
 
 
 def test_boxes_stand_side_by_side_with_a_gap_for_a_space():

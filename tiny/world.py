@@ -597,5 +597,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="runs/world", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, questions and answers")
     args = parser.parse_args()
-    write_world(args.out, args.seed)
+    try:
+        write_world(args.out, args.seed)
+    except OSError as error:
+        parser.exit(2, f"error: --out {args.out}: cannot be written ({error})\n")
     print(f"wrote {args.out}")
