@@ -19,6 +19,7 @@ from log import Log as Log
 from log import read_metrics as read_metrics
 from model import LatentModel
 from pictures import MAX_DECODE
+from ranks import gather
 from ranks import run as run
 from records import refusals
 from vlm import VLM
@@ -351,9 +352,7 @@ class Refused:
     def all(self):
         """-> sorted list, the same on every rank. All ranks have to ask."""
         if dist.is_initialized() and int(total(len(self.seen or ()))) != self.counted:
-            found = [None] * world_size()
-            dist.all_gather_object(found, self.seen)
-            self.seen.update(*(reasons or () for reasons in found))
+            self.seen.update(*(reasons or () for reasons in gather(self.seen)))
             self.counted = world_size() * len(self.seen)
         return sorted(self.seen or ())
 
