@@ -322,12 +322,13 @@ def main(argv=None):
     if cfg.codebook and not cfg.bc:
         raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
     wanted, rank0, files = rows_wanted(cfg), place.rank == 0, None
+    if rank0:
+        checkpoint.open_folder(cfg.out)
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
     if rank0:
         judge = load_judge(cfg.judge)
         embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
         files = load_data(cfg, processor, judge)
-        checkpoint.open_folder(cfg.out)
     files = gather(files)[0]
     speaker, last = Speaker(cfg, processor, place), list(TESTS[cfg.task])[-1]
 

@@ -37,7 +37,7 @@ ABLATIONS = {
     "without text-only data": {"without": "text"},
 }
 SIZES = {f"{k} codes": {"codes": k} for k in (16, 32, 64, 256)}
-BONUSES = {f"usage bonus {u}": {"usage_bonus": u} for u in (0.01, 0.1)}
+BONUSES = {"usage bonus 0.1": {"usage_bonus": 0.1}}
 AMOUNTS = {"1/4 of the text": {"text_rows": 900}, "1/2 of the text": {"text_rows": 1800}}
 
 TASK_FILES = {"a": "task", "b": "task_b"}  # how the names of a task's files begin

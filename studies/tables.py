@@ -269,23 +269,23 @@ def table6(c):
 
 
 def table7(c, last=20):
-    """Codes in use and their perplexity at the end of stage 2, on text; different texts of a group, mean of the last
-    steps of RL as of its first ones; ratio and diversity after it."""
+    """The use of codes at the end of stage 2, on text-only data; held-out text as in table 2; the share of different
+    texts in a group over the first and the last steps of RL; ratios and diversity after it."""
     rows = {}
     for name in ("full", *BONUSES):
         v = "{s}/" + folder(name)
         book, log = c.logs(f"{v}/stage2"), c.logs(f"{v}/grpo_a")
         rows[name] = {
-            "codes used": [run[-1]["codes_text"] for run in book],
+            "codes": [run[-1]["codes_text"] for run in book],
             "perplexity": [run[-1]["perplexity_text"] for run in book],
-            "different texts, RL start": [float(np.mean([s["different"] for s in run[:last]])) for run in log],
-            "RL end": [float(np.mean([s["different"] for s in run[-last:]])) for run in log],
+            "held-out text, nats": [c.state(f"{v}/stage2", s)["val"]["text"]["val_inferred"] for s in c.seeds],
+            "different, first": [float(np.mean([step["different"] for step in run[:last]])) for run in log],
+            "different, last": [float(np.mean([step["different"] for step in run[-last:]])) for run in log],
             "diversity": c.diversity(f"{v}/grpo_a_eval", ngram_embed),
         } | c.ratios("a", f"{v}/grpo_a_eval")
-    head = list(rows["full"])
-    digits = dict.fromkeys(head[:2], 1)
+    head, digits = list(rows["full"]), {"codes": 0, "perplexity": 0}
     lines = [[name, *(spread(row[k], digits.get(k, 3)) for k in head)] for name, row in rows.items()]
-    return rows, markdown(["usage bonus", *head], lines)
+    return rows, markdown(["row", *head], lines)
 
 
 def rewards(c):

@@ -81,6 +81,10 @@ def results_tables(R):
         ratio = np.divide(row["latent"], row["token"])
         lines.append([name, spread(row["token"]), spread(row["latent"]), spread(ratio, 2)])
     out["table3"] = markdown(["8 rollouts of a prompt, by embedding", "token", "latent", "latent / token"], lines)
+    head, lines = list(R["table7"]["full"]), []
+    for name, row in R["table7"].items():
+        lines.append([name, *(spread(v, 0 if k in ("codes", "perplexity") else 3) for k, v in row.items())])
+    out["table7"] = markdown(["row", *head], lines)
     lines = [[name, *(spread(column, 2) for column in np.transpose(by_seed))] for name, by_seed in R["table4"].items()]
     out["table4"] = markdown(["latent / token", "rollout", "update", "both"], lines)
     return out
@@ -248,6 +252,8 @@ def table_texts():
     four = {k: f.average("table5", k, ("ID", "OOD")) for k in R["table5"]}
     width = {k: np.std(four[k], ddof=1) for k in ("1/4 of the text", "1/2 of the text", "all of the text")}
     small = [f.change("table6", "GRPO latent, 1e-4", "GRPO token, 1e-4", t) for t in (("ID", "OOD"), ("LS1", "LS2"))]
+    bonus = {k: [np.mean(row[k]) for row in R["table7"].values()] for k in ("held-out text, nats", "codes", "ID", "OOD")}
+    before = np.mean([R["table1"]["GRPO latent"][t][:3] for t in ("ID", "OOD")])
     best = {row: spread(f.average("table6", row)) for row in ("GRPO token, 3e-4", "GRPO latent, 1e-3")}
     return [
         f"Judge ratio. {shown['table1']}",
@@ -279,6 +285,11 @@ def table_texts():
         f"{np.mean(four['256 codes'] - four['128 codes']):.2f}",
         f"The other tables have 1e-3. {shown['table6']}",
         f"ahead by {np.mean(small[0]):.2f} on task A and behind by {-np.mean(small[1]):.2f} on task B",
+        f"Task A. {shown['table7']}",
+        f"All {bonus['codes'][1]:.0f} codes are in use then, where {bonus['codes'][0]:.0f} were",
+        f"held-out text needs {bonus['held-out text, nats'][1]:.3f} nats instead of {bonus['held-out text, nats'][0]:.3f}",
+        f"{lead(np.subtract(*bonus['ID'][::-1]))} on ID and {lead(np.subtract(*bonus['OOD'][::-1]))} on OOD",
+        f"they are {before - np.mean([bonus['ID'][0], bonus['OOD'][0]]):.2f} lower on average",
         f"{best['GRPO token, 3e-4']} for tokens at 3e-4, and {best['GRPO latent, 1e-3']} for latent actions at 1e-3",
     ]
 
