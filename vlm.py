@@ -59,16 +59,16 @@ class Recomputed:
     block: what is computed again must not be appended again. (The library's own checkpointing does without a cache.)"""
 
     def forward(self, hidden, past_key_values=None, **rest):
-        inner = super().forward
+        inner, cached = super().forward, past_key_values is not None
         if not torch.is_grad_enabled():
             return inner(hidden, past_key_values=past_key_values, **rest)
 
-        def run(hidden, k, v):
-            cache = None if past_key_values is None else OneBlock(k, v)
+        def run(hidden, k, v):  # lives until the backward pass; the whole cache must not live as long
+            cache = OneBlock(k, v) if cached else None
             out = inner(hidden, past_key_values=cache, **rest)
-            return (out, None, None) if cache is None else (out, cache.k, cache.v)
+            return (out, cache.k, cache.v) if cached else (out, None, None)
 
-        if past_key_values is None:
+        if not cached:
             return checkpoint(run, hidden, None, None, use_reentrant=False)[0]
         layer = past_key_values.layers[self.self_attn.layer_idx]
         out, k, v = checkpoint(run, hidden, layer.keys, layer.values, use_reentrant=False)
