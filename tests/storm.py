@@ -39,7 +39,7 @@ for needed in ("stage1_projector", "stage2_codebook", "stage3_bc", "stage4_laten
 for loaded_late in ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "torch.utils.serialization"):
     import_module(loaded_late)
 IMPORTED_BY = os.getpid()
-LONGEST = 120  # seconds that a run may take; it takes a few
+LONGEST = 300  # seconds that a run may take; on a quiet machine it takes a few
 
 
 # -------------------------------------------------------------------------------------------------- inside a process

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = {str(p.relative_to(ROOT)): p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEST_FILES = sorted((ROOT / "tests").glob("test_*.py"))
 WRITTEN = [page for page in PAGES if page != "docs/examples.md"]  # that one is made by evaluate.py: what models said
 ALGORITHMS = ("GRPO", "Dr.GRPO", "DAPO", "BNPO")
 TESTS = ("ID", "OOD", "LS1", "LS2")
@@ -502,6 +503,25 @@ def test_commands_have_flags_that_exist(page):
                 known = {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)} | {"preset", "help"}
                 for flag in re.findall(r"--([a-z-]+)", flags):
                     assert flag.replace("-", "_") in known, f"{page}: {module} has no --{flag}"
+
+
+def rows_of_faults():
+    """The rows of docs/faults.md -> [(fault, what happens, test)]"""
+    lines = [
+        line.strip("|").split(" | ") for line in PAGES["docs/faults.md"].read_text().splitlines() if line[:1] == "|"
+    ]
+    return [tuple(cell.strip() for cell in line) for line in lines if len(line) == 3 and line[0].strip() != "fault"]
+
+
+def test_every_fault_names_tests_that_exist():
+    known = {f"tests/{p.name}": set(re.findall(r"^def (test_\w+)", p.read_text(), re.M)) for p in TEST_FILES}
+    assert len(rows_of_faults()) > 50
+    for fault, _, tests in rows_of_faults():
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", tests)
+        assert named, f"docs/faults.md: no test shows what happens at: {fault}"
+        assert len(named) == tests.count("`") / 2, f"docs/faults.md: not the name of a test: {tests}"
+        for file, name in named:
+            assert name in known.get(file, ()), f"docs/faults.md: there is no {file}::{name}"
 
 
 # ------------------------------------------------------------------------------------------------- after a new run

@@ -138,6 +138,24 @@ def test_a_seed_may_have_any_length(flags, tmp_path):
     assert a != b
 
 
+# ----------------------------------------------------------------------------------------------------- refused rows
+def test_the_console_and_the_checkpoint_say_which_rows_were_refused(world, tmp_path, monkeypatch, capsys):
+    """Also if the run was cut off after it had met them, each once."""
+    rows = (world / "text.jsonl").read_text().splitlines()[:4]
+    bad = [json.dumps({"messages": []}), "no JSON"]
+    (tmp_path / "demos.jsonl").write_text("\n".join([*rows[:2], *bad, *rows[2:]]))
+    demos = ["--demos", f"{tmp_path}/demos.jsonl", "--batch-adapt", "8", "--steps-adapt", "12", "--save-every", "6"]
+    argv = ["--vlm", TINY, "--actions", "token", *demos, "--out", f"{tmp_path}/x"]
+    cut_off(monkeypatch, stage3_bc.main, argv, 6)
+    stage3_bc.main(argv)
+    reasons = checkpoint.read_state(tmp_path / "x")["refused"]["demos"]
+    assert len(reasons) == 2 and "row 3: no messages" in reasons[0] and "row 4: not JSON" in reasons[1]
+    counts = [row["refused"] for row in common.read_metrics(tmp_path / "x")]
+    assert counts == sorted(counts) and counts[-1] == 2
+    said = capsys.readouterr().out
+    assert "2 of 6 rows cannot be used" in said and "row 3: no messages" in said and "row 4: not JSON" in said
+
+
 # ---------------------------------------------------------------------------------------------- runs that lack parts
 def spoilt(run, out, kept):
     """A finished run without the tensors whose names `kept` refuses."""

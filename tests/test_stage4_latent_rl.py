@@ -482,6 +482,22 @@ def test_top_k_with_several_updates_stays_finite(agent_of, cast_roll_of, precisi
 
 
 @BOTH
+def test_each_update_in_bfloat16_works_on_the_weights_of_the_one_before(
+    trainee, agent_of, roll_of, monkeypatch, actions
+):
+    """Autocast keeps the weights that it has cast as long as it lasts. Around several updates they would be old ones,
+    and the policy would seem to stand still."""
+    kl, before = [], copy.deepcopy(trainee.state_dict())
+    for enabled in (False, True):
+        trainee.load_state_dict(before)
+        on = lambda _, enabled=enabled: torch.autocast("cpu", torch.bfloat16, enabled=enabled)  # noqa: E731
+        monkeypatch.setattr(common.Place, "autocast", on)
+        agent = agent_of(actions, updates=3, beta=0.01)
+        kl.append(update(agent, objective_of(agent), roll_of(agent), SEESAW, ALL)["kl"].item())
+    assert kl[1] == pytest.approx(kl[0], rel=0.1)
+
+
+@BOTH
 def test_with_top_k_the_kl_starts_at_0(agent_of, cast_roll_of, precision, actions):
     agent = agent_of(actions, top_k=4)
     metrics = update(agent, objective_of(agent), cast_roll_of(agent, top_k=4), SEESAW, ALL)
