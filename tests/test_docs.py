@@ -253,7 +253,9 @@ def table_texts():
     four = {k: f.average("table5", k, ("ID", "OOD")) for k in R["table5"]}
     width = {k: np.std(four[k], ddof=1) for k in ("1/4 of the text", "1/2 of the text", "all of the text")}
     small = [f.change("table6", "GRPO latent, 1e-4", "GRPO token, 1e-4", t) for t in (("ID", "OOD"), ("LS1", "LS2"))]
-    bonus = {k: [np.mean(row[k]) for row in R["table7"].values()] for k in ("held-out text, nats", "codes", "ID", "OOD")}
+    bonus = {
+        k: [np.mean(row[k]) for row in R["table7"].values()] for k in ("held-out text, nats", "codes", "ID", "OOD")
+    }
     before = np.mean([R["table1"]["GRPO latent"][t][:3] for t in ("ID", "OOD")])
     best = {row: spread(f.average("table6", row)) for row in ("GRPO token, 3e-4", "GRPO latent, 1e-3")}
     return [

@@ -1,12 +1,14 @@
 """stage2_codebook.py: what trains in each phase and ablation, code use by hand, the losses on held-out rows."""
 
+import math
+
 import pytest
 import torch
 from helpers import CODES, CPU, assert_only, names_of, no_noise, snapshot, take_step
 
-from data import Batch, Records
+from data import Batch, DataError, Records
 from model import LatentModel, inverse_loss
-from stage2_codebook import Config, Usage, joint_loss, trainable_parts, validate
+from stage2_codebook import Config, Usage, joint_loss, main, trainable_parts, usage_entropy, validate
 from vlm import log_probs
 
 PHASES = [("a", "nothing"), ("b", "nothing"), ("b", "cycle"), ("b", "projector"), ("b", "text")]
@@ -108,3 +110,43 @@ def test_held_out_losses_tell_the_inferred_codes_from_random_ones(latent, vlm, p
     file = Records(world / "text.jsonl")
     val = validate(latent, vlm, processor, [file[i] for i in range(2)], CPU)
     assert len({round(v, 4) for v in val.values()}) == 3
+
+
+# --------------------------------------------------------------------------------------------------- the usage bonus
+def test_the_entropy_of_the_mean_posterior_by_hand():
+    """Two tokens, each sure of another code: no entropy of their own, but log 2 in the use of the codes."""
+    logits = torch.tensor([[50.0, 0.0, 0.0], [0.0, 50.0, 0.0]])
+    assert usage_entropy(logits, 0.5).item() == pytest.approx(math.log(2), rel=1e-5)
+    assert usage_entropy(logits[:1], 1.0).item() == pytest.approx(0.0, abs=1e-5)
+    assert usage_entropy(torch.zeros(2, 3), 0.5).item() == pytest.approx(math.log(3), rel=1e-5)
+
+
+def test_the_usage_entropy_is_of_all_ranks_and_has_its_gradient(monkeypatch):
+    """Five tokens on one rank and three on another: the mean of their parts is H of all eight, gradients included."""
+    torch.manual_seed(3)
+    logits = torch.randn(8, 6, requires_grad=True)
+    p = torch.softmax(logits, -1).mean(0)
+    want = -(p * p.log()).sum()
+    (want_gradient,) = torch.autograd.grad(want, logits)
+    monkeypatch.setattr("checkpoint.world_size", lambda: 2)
+    shares = [2 / 8 * torch.softmax(x, -1).sum(0).detach() for x in logits.split((5, 3))]
+    monkeypatch.setattr("common.total", lambda q: sum(shares))
+    parts = [usage_entropy(x, 2 / 8) for x in logits.split((5, 3))]
+    (gradient,) = torch.autograd.grad(sum(parts) / 2, logits)
+    assert (sum(parts) / 2).item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_usage_bonus_is_for_both_kinds_of_data_and_not_in_parts(trainee, vlm, processor, batch_of, monkeypatch):
+    monkeypatch.setattr(Batch, "uniforms", no_noise)
+    paired, text, losses = batch_of("paired"), batch_of("text", 2), []
+    with torch.no_grad():
+        for bonus in (0.0, 0.5):
+            losses.append(joint_loss(trainee, vlm, processor, paired, text, Config(usage_bonus=bonus))[0])
+        H = 0.0
+        for batch in (paired, text):
+            logits = trainee.inverse_logits(trainee.context(vlm(batch), batch.paired_B))[batch.explained_BT]
+            H += usage_entropy(logits, 1 / len(logits))
+    assert (losses[0] - losses[1]).item() == pytest.approx(0.5 * H.item(), rel=1e-3)
+    with pytest.raises(DataError, match="--usage-bonus.*leave out --micro"):
+        main(["--usage-bonus", "0.1", "--micro", "2"])
