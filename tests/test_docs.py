@@ -290,7 +290,7 @@ def table_texts():
         f"ahead by {np.mean(small[0]):.2f} on task A and behind by {-np.mean(small[1]):.2f} on task B",
         f"Task A. {shown['table7']}",
         f"All {bonus['codes'][1]:.0f} codes are in use then, where {bonus['codes'][0]:.0f} were",
-        f"held-out text needs {bonus['held-out text, nats'][1]:.3f} nats instead of {bonus['held-out text, nats'][0]:.3f}",
+        "held-out text needs {1:.3f} nats instead of {0:.3f}".format(*bonus["held-out text, nats"]),
         f"{lead(np.subtract(*bonus['ID'][::-1]))} on ID and {lead(np.subtract(*bonus['OOD'][::-1]))} on OOD",
         f"they are {before - np.mean([bonus['ID'][0], bonus['OOD'][0]]):.2f} lower on average",
         f"{best['GRPO token, 3e-4']} for tokens at 3e-4, and {best['GRPO latent, 1e-3']} for latent actions at 1e-3",
