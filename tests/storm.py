@@ -208,13 +208,13 @@ class Run:
         return self.seconds
 
     def kill(self, processes, victims):
-        """SIGKILL some; the others get SIGTERM and five seconds, as from torchrun. -> was any of them killed?"""
+        """SIGKILL some; the others get SIGTERM and then SIGKILL, as from torchrun. -> was any of them killed?"""
         for p in victims:
             p.kill()
         join(victims, LONGEST)
         for p in processes:
             p.terminate()
-        if not join(processes, 5):
+        if not join(processes, 1):
             for p in processes:
                 p.kill()
             join(processes, LONGEST)

@@ -89,12 +89,12 @@ def test_a_folder_on_disk_asks_no_network(monkeypatch, tmp_path):
 
 # ----------------------------------------------------------------------------------------------- the command line
 @pytest.mark.parametrize("module", [stage1_projector, stage2_codebook, stage3_bc, stage4_latent_rl, evaluate])
-def test_an_out_that_is_no_folder_is_refused_before_the_work(module, runs, tmp_path, monkeypatch):
+def test_an_out_that_is_no_folder_is_refused_before_the_work(module, world, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     for out, message in (("", "--out: is empty; give a folder"), ("file", "--out file: cannot be written")):
         with pytest.raises(DataError, match=message):
-            module.main(["--vlm", TINY, "--out", out])
+            module.main(["--vlm", TINY, "--out", out, *(["--data", str(world)] if module is evaluate else [])])
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
