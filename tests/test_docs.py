@@ -305,7 +305,9 @@ def code_texts():
     used = [int((sum(found.values()) > 0).sum()) for found in (paired, text)]
     main = {about: text[about].argmax() for about in ("favourite words", "sayings")}
     share = [[found[about][k] / found[about].sum() for about, k in main.items()] for found in (text, after)]
-    assert main["favourite words"] == sum(text.values()).argmax() != main["sayings"]  # as the page says
+    assert main["favourite words"] != main["sayings"]  # as the page says
+    word = main["favourite words"]
+    alone = text["favourite words"][word] / sum(text.values())[word]
     val = demo["codebook_val"]["text"]
     return [
         f"{used[0]} on paired data and {used[1]} on text-only data",
@@ -313,6 +315,7 @@ def code_texts():
         f"ones; the bare VLM needs {val['val_vlm']:.2f}",
         f"for {share[0][0]:.0%} of the favourite words, and another one for {share[0][1]:.0%} of the sayings' words",
         f"the policy says {share[1][0]:.0%} and {share[1][1]:.0%} of them with these two",
+        f"Of the tokens with the code of the favourite words {alone:.0%} are favourite words",
     ]
 
 
