@@ -173,7 +173,9 @@ def wrap(module, loss):
     # DDP must not see the frozen parameters, nor broadcast them
     frozen = [n for n, p in objective.named_parameters() if not p.requires_grad]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen)
-    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+    # gradients lie in the memory in which they are exchanged; else there would be two of each
+    ranks = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    return nn.parallel.DistributedDataParallel(objective, **ranks)
 
 
 def exchanging(objective, last):
@@ -201,8 +203,8 @@ def gradients(place, objective, given, norms, micro=0):
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 def adamw(params, lr):
-    """The one optimizer of every stage."""
-    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    """The one optimizer of every stage. On CUDA the fused kernel, which makes no tensors as large as the weights."""
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=all(p.is_cuda for p in params))
 
 
 def cosine(done):

@@ -29,7 +29,7 @@ class Shape:
     kv_heads: int
     inner: int  # width inside the MLPs
     vocab: int
-    vision: tuple  # blocks and width of the image encoder
+    vision: tuple  # blocks, width and inner width of the image encoder
     inverse: int  # blocks of the inverse dynamics
     policy: int  # blocks of the policy
     merges: int  # of the world model
@@ -41,28 +41,35 @@ class Shape:
     group: int = 8  # responses to each prompt
     new: int = 64  # tokens a response
     image: tuple = (84, 56)  # pixels
+    tied: bool = True  # the LM head is the embedding
+    codes: int = 128  # in the codebook
 
 
 SHAPES = {  # line by line: the VLM, what trains, the work
     # Qwen2.5-VL-3B with the paper's blocks (`3b` below), a quarter as deep and as wide; a merge more, rounded up
     "cpu": Shape(
-        **{"width": 512, "blocks": 9, "heads": 8, "kv_heads": 2, "inner": 1376, "vocab": 16384, "vision": (2, 128)},
-        **{"inverse": 1, "policy": 2, "merges": 1, "train": 2},
+        **{"width": 512, "blocks": 9, "heads": 8, "kv_heads": 2, "inner": 1376, "vocab": 16384},
+        **{"vision": (2, 128, 256), "inverse": 1, "policy": 2, "merges": 1, "train": 2},
         **{"rows": 2, "row": 128, "prompt": 96},
     ),
     # the paper's blocks on a small VLM
     "second": Shape(
-        **{"width": 256, "blocks": 6, "heads": 4, "kv_heads": 2, "inner": 512, "vocab": 8192, "vision": (2, 64)},
+        **{"width": 256, "blocks": 6, "heads": 4, "kv_heads": 2, "inner": 512, "vocab": 8192, "vision": (2, 64, 128)},
         **{"inverse": 4, "policy": 8, "merges": 2, "train": 2},
         **{"rows": 4, "row": 160, "prompt": 160},
     ),
     "3b": Shape(
         **{"width": 2048, "blocks": 36, "heads": 16, "kv_heads": 2, "inner": 11008, "vocab": 151936},
-        **{"vision": (32, 1280), "inverse": 4, "policy": 8, "merges": 2, "train": 8},
+        **{"vision": (32, 1280, 3420), "inverse": 4, "policy": 8, "merges": 2, "train": 8},
+        **{"rows": 4, "row": 600, "prompt": 512, "new": 512, "image": (420, 280)},
+    ),
+    "7b": Shape(
+        **{"width": 3584, "blocks": 28, "heads": 28, "kv_heads": 4, "inner": 18944, "vocab": 152064, "tied": False},
+        **{"vision": (32, 1280, 3420), "inverse": 4, "policy": 8, "merges": 2, "train": 6},
         **{"rows": 4, "row": 600, "prompt": 512, "new": 512, "image": (420, 280)},
     ),
     "tiny": Shape(
-        **{"width": 64, "blocks": 3, "heads": 4, "kv_heads": 2, "inner": 96, "vocab": 512, "vision": (2, 32)},
+        **{"width": 64, "blocks": 3, "heads": 4, "kv_heads": 2, "inner": 96, "vocab": 512, "vision": (2, 32, 64)},
         **{"inverse": 1, "policy": 1, "merges": 1, "train": 1},
         **{"rows": 2, "row": 40, "prompt": 24, "new": 6},
     ),
@@ -71,7 +78,7 @@ SHAPES = {  # line by line: the VLM, what trains, the work
 
 def vlm_config(shape):
     """A Qwen2.5-VL of that shape; its control tokens are the last four ids of the vocabulary."""
-    half, (depth, vision_width) = shape.width // shape.heads // 2, shape.vision
+    half, (depth, vision_width, vision_inner) = shape.width // shape.heads // 2, shape.vision
     time, height = half // 4, half * 3 // 8  # parts of rope that turn with time, height and width
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [time, height, half - time - height]}
     text = {
@@ -82,7 +89,7 @@ def vlm_config(shape):
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.tied,
         "rope_parameters": rope,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -91,7 +98,7 @@ def vlm_config(shape):
     vision = {
         "depth": depth,
         "hidden_size": vision_width,
-        "intermediate_size": vision_width * 2,
+        "intermediate_size": vision_inner,
         "num_heads": 4 if vision_width < 512 else 16,
         "out_hidden_size": shape.width,
         "patch_size": 14,
@@ -102,7 +109,7 @@ def vlm_config(shape):
     }
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     control = {name: shape.vocab - 1 - k for k, name in enumerate(names)}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **control)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **control)
 
 
 class Ids(Processor):
@@ -117,10 +124,12 @@ class Bench:
     """Models, data and cases of one shape. A case is a method: it takes what it needs, which is built when it is first
     used, and returns the function that is to be timed."""
 
-    def __init__(self, shape, device):
+    def __init__(self, shape, device, dtype=None):
+        """dtype: of forward passes; by default bfloat16 on CUDA, float32 elsewhere."""
         torch.manual_seed(0)
         self.shape, self.device, self.config = shape, device, vlm_config(shape)
-        self.place = common.Place(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 0, 1)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.place = common.Place(device, dtype, 0, 1)
         self.ids = Ids(self.config)
         self.never = torch.arange(shape.vocab - 4, shape.vocab, device=device)
         self.u_NT = torch.rand(shape.prompts * shape.group, shape.new, device=device)
@@ -133,17 +142,31 @@ class Bench:
     @cached_property
     def token_vlm(self):
         """The VLM as the token-level baseline trains it."""
-        vlm = VLM(self.config, self.device, torch.float32)
+        vlm = VLM(self.config, self.device, self.place.dtype)
         vlm.train_last(self.shape.train / self.shape.blocks)
         return vlm
 
     @cached_property
     def latent(self):
         s = self.shape
-        latent = LatentModel(self.vlm.config, 128, s.inverse, s.policy, s.merges).to(self.device)
+        latent = LatentModel(self.vlm.config, s.codes, s.inverse, s.policy, s.merges).to(self.device)
         for merge in latent.world.merges:  # as after training: at their start they do nothing
             torch.nn.init.normal_(merge.w3.weight, std=0.02)
         return latent
+
+    @cached_property
+    def speaking(self):
+        """The latent model as stage 4 loads it: without the inverse dynamics, and what is frozen in `place.dtype`."""
+        latent = copy.deepcopy(self.latent)
+        del latent.inverse
+        latent.train_only("policy")
+        return common.settle(latent, self.place.dtype)
+
+    def reference(self, actions):
+        """What stage 4 compares with, of the same tensors where they are frozen anyway."""
+        if actions == "token":
+            return self.token_vlm.reference()
+        return common.settle(copy.deepcopy(self.latent.policy).requires_grad_(False), self.place.dtype)
 
     @cached_property
     def prompt(self):
@@ -297,7 +320,7 @@ class RandomAgent(stage4_latent_rl.Agent):
         if actions == "latent":
             bench.latent.train_only("policy")
         self.model = bench.latent.policy if actions == "latent" else bench.token_vlm
-        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        self.reference = bench.reference(actions)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.step_weights = common.Stepper(trained, 1e-5, self.cfg.clip_norm)
 

@@ -7,6 +7,7 @@ import ast
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,14 @@ def settings_table(choices):
     return markdown(["change", *columns], lines)
 
 
+def memory_tables(found):
+    """Of 3B and 7B: GiB of each stage, and with which settings it fits on which GPU."""
+    from studies.memory import fits_table, rows_table
+
+    tables = [(rows_table(name, size["rows"]), fits_table(name, size["fits"])) for name, size in found.items()]
+    return [table for pair in tables for table in pair]
+
+
 def tables():
     """{page: Markdown tables that it shows}"""
     choices = read("choices")
@@ -182,6 +191,7 @@ def tables():
         "docs/cost.md": [bench_table(read("bench")["rows"])],
         "docs/mmrole.md": mmrole_tables(read("real")),
         "docs/choices.md": [settings_table(choices)],
+        "docs/gpu_node.md": memory_tables(read("memory")),
     }
 
 
@@ -565,4 +575,5 @@ def write_pages():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     write_pages()
