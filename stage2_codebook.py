@@ -188,9 +188,9 @@ class Run:
         same = ("codes", "inverse_blocks", "policy_blocks", "merges", "world_output", "tau", "entropy_bonus")
         self.arch = {k: getattr(cfg, k) for k in same}
         self.arch |= {"skip": before["config"]["mean"] == "skip", "project": cfg.without != "projector"}
-        self.latent = common.build_latent(self.vlm, self.arch, projector, cfg.projector, ["projector"]).to(
-            self.place.device
-        )
+        self.latent = common.build_latent(self.vlm, self.arch, projector, cfg.projector, ["projector"])
+        del self.latent.policy  # stage 3 makes it
+        self.latent.to(place.device)
         self.steps, self.start, self.going_on = cfg.steps_a + cfg.steps_b, 0, None
         self.refused, self.skipped = {kind: common.Refused(cfg) for kind in self.train}, 0
         if saved := checkpoint.resume(cfg.out, "stage2_codebook", asdict(cfg), may_grow=("steps_b",)):
