@@ -171,23 +171,27 @@ class Stages(Formula):
         """-> rows in one backward pass."""
         return min(rows, self.work.micro or rows)
 
-    def between(self, w):
-        """Gradients between two steps: several ranks keep the memory in which they exchange them."""
-        return w.trained if self.work.ranks > 1 else 0
+    def before(self, w, rows=0):
+        """Gradients before a backward pass: of earlier parts of the step. Several ranks keep the memory in which they
+        exchange them, between steps too."""
+        return w.trained if self.part(rows) < rows or self.work.ranks > 1 else 0
 
-    def step(self, w, rows, kept, forward, backward, last, twice=False, caches=0, again=False):
+    def step(self, w, rows, kept, forward, backward, last, gradients=None, caches=0, again=False):
         """The moments of a training step.
 
         kept: at the end of the forward pass. forward, backward, last: fullest moment of the forward pass, of the
-        backward pass, and of its rest, when it has passed all weights once; what is kept included. twice: a step uses
-        the weights twice; the first gradients then wait to be added, in the dtype in which they were computed. again:
-        blocks are computed again, and weights cast again with them."""
-        before = w.trained if self.part(rows) < rows else self.between(w)  # the gradients of earlier parts
-        casts = 0 if again else w.casts
+        backward pass, and of its rest, when it has passed all weights once; what is kept included. gradients: those
+        there are by then, by default all. again: blocks are computed again, and weights cast again with them."""
+        before, casts = self.before(w, rows), 0 if again else w.casts
         yield Moment("forward", w.casts + max(kept, forward), before, caches)
         yield Moment("backward", casts + backward, before, caches)
-        yield Moment("end of backward", casts + last, before + w.trained - w.casts if twice else w.trained, caches)
+        yield Moment("end of backward", casts + last, w.trained if gradients is None else gradients, caches)
         yield Moment("optimizer", 0, w.trained, caches)
+
+    def twice(self, w, rows):
+        """Gradients in the middle of a backward pass, of weights that a step uses twice: those of the first half wait
+        to be added, in the dtype in which they were computed."""
+        return self.before(w, rows) + w.trained - w.casts
 
     # --------------------------------------------------------------------------------------------------- stages 1 to 3
     def dialogues(self):
@@ -211,14 +215,15 @@ class Stages(Formula):
         kept = 2 * one + 3 * self.c * self.D * S + 3 * self.gaussian(S)
         forward = max(one + self.vlm_passing(n), 2 * one + self.head(M), kept + self.likelihood(n))
         back = self.own_backward(n)
-        return self.step(w, self.s.rows, kept, forward, kept + back, one + back, twice=True)
+        return self.step(w, self.s.rows, kept, forward, kept + back, one + back, self.twice(w, self.s.rows))
 
     def clone(self, w):
         n, _, _ = self.dialogues()
         one = self.c * self.D * n + self.stack(n, self.s.policy)
         forward = one + max(self.vlm_passing(n), self.own_passing(n))  # the second one's states, and its teacher
         back = self.own_backward(n)
-        return self.step(w, self.s.rows, 2 * one, forward, 2 * one + back, one + back, twice=True)
+        twice = self.twice(w, self.s.rows)
+        return self.step(w, self.s.rows, 2 * one, forward, 2 * one + back, one + back, twice)
 
     def adapt(self, w):
         n, _, M = self.dialogues()
@@ -237,7 +242,13 @@ class Stages(Formula):
         forward = blocks.kept + end + self.head(M, trains=True)
         backward = blocks.kept + max(end + self.token_head(M), blocks.again + self.vlm_backward(s.rows, n))
         last = blocks.frozen + self.mlp_backward(n)
-        return self.step(w, s.rows, blocks.kept + end, forward, backward, last, again=self.work.checkpointing)
+        gradients = self.before(w, s.rows) or w.trained - self.untied()  # those of the embeddings come last
+        again = self.work.checkpointing
+        return self.step(w, s.rows, blocks.kept + end, forward, backward, last, gradients, again=again)
+
+    def untied(self):
+        """A matrix of the vocabulary, float32, if embeddings and LM head have one each."""
+        return 0 if self.s.tied else 4 * self.V * self.D
 
     def vlm_backward(self, rows, n):
         """In the last block of the VLM, where it trains, while the LM head's gradient waits for that of the embeddings.
@@ -264,7 +275,8 @@ class Stages(Formula):
         last = prompt + cache + back  # the keys' gradients wait for those of the prompt
         contexts = s.prompts * (s.prompt + s.group * s.new) * self.c * self.D
         every = s.prompts * s.group
-        return self.step(w, every, kept, kept + reference, kept + back, last, True, contexts)
+        twice = self.twice(w, every)
+        return self.step(w, every, kept, kept + reference, kept + back, last, twice, contexts)
 
     def update_token(self, w):
         s, c, (rows, n1, n2, keys, padded) = self.s, self.c, self.responses()
@@ -280,8 +292,10 @@ class Stages(Formula):
         backward = kept + max(end + self.token_head(n2), response.again + self.vlm_backward(every, n2))
         waiting = response.frozen + s.train * one_cache  # the keys' gradients, for those of the prompt
         last = prompt.kept + max(waiting, prompt.again) + self.mlp_backward(max(n1, n2))
-        again = self.work.checkpointing
-        return self.step(w, every, kept + end, forward, backward, last, twice=True, again=again)
+        again = self.work.checkpointing  # each pass casts weights of its own, and its gradients become float32 at once
+        gradients = self.twice(w, every) + (w.casts if again else 0)
+        gradients -= self.untied() if self.before(w, every) else 0  # an LM head is used once, at the end
+        return self.step(w, every, kept + end, forward, backward, last, gradients, again=again)
 
     def rollout(self, w, actions):
         """The prompt passes the VLM, then the policy; the responses grow in caches with room for all of them."""
@@ -289,7 +303,7 @@ class Stages(Formula):
         latent, rows, n = actions == "latent", s.prompts * s.group, s.prompts * s.prompt
         token, state = 2 * self.C * c, c * self.D  # key and value of a token in one block; its context
         tables = s.merges * self.K * 2 * self.I * c if latent else self.cast_head()  # see LatentModel.speaker
-        fixed, gradients = w.casts + tables, self.between(w)
+        fixed, gradients = w.casts + tables, self.before(w)
         yield Moment("prompt", fixed + self.vlm_passing(n), gradients, s.blocks * n * token)
         blocks, contexts = s.blocks, 0
         if latent:

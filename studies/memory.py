@@ -28,6 +28,7 @@ from common import option
 from data import DataError, find
 from studies.activations import Stages, Work
 from studies.cases import SHAPES, Bench, vlm_config
+from vlm import VLM
 
 GiB = 2**30
 GPUS = (24, 48, 80, 141)  # GB of 1e9 bytes
@@ -97,7 +98,7 @@ def all_weights(bench):
     latent.train_only("projector")
     found["1"] = weights_of([vlm, latent.projector], dtype)
     latent.train_only(*stage2_codebook.trainable_parts("b"))
-    found["2"] = weights_of([vlm, latent], dtype)
+    found["2"] = weights_of([vlm, *(getattr(latent, part) for part in stage2_codebook.PARTS)], dtype)
     for phase in ("clone", "adapt"):
         latent.train_only(*stage3_bc.trainable_parts(phase))
         found[f"3 {phase}"] = weights_of([vlm, latent], dtype)
@@ -183,17 +184,18 @@ def fits_table(name, fitting):
 # ----------------------------------------------------------------------------------------------------- what is computed
 def from_checkpoint(name):
     """-> (configuration, Shape) of a checkpoint, of which config.json alone is read."""
+    find(name)
     try:
-        config = AutoConfig.from_pretrained(find(name), trust_remote_code=False)
-        text = config.get_text_config()
-        size = {"width": text.hidden_size, "blocks": text.num_hidden_layers, "heads": text.num_attention_heads}
-        size |= {"kv_heads": text.num_key_value_heads, "inner": text.intermediate_size, "vocab": text.vocab_size}
-        return config, replace(SHAPES["3b"], tied=config.tie_word_embeddings, **size)
-    except DataError:
-        raise
-    except Exception as e:  # whatever a broken folder makes the library raise
-        reason = str(e).strip().partition("\n")[0][:200]
-        raise DataError(f"--vlm {name}: has no configuration of Qwen2.5-VL's kind ({reason})") from None
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            text = VLM(config, "meta").config
+    except Exception as e:  # whatever a broken folder, or another kind of model, makes the library raise
+        lines = str(e).strip().splitlines() or [""]
+        reason = lines[-1].strip(": ") if isinstance(e, DataError) else lines[0]  # ours is behind the configuration
+        raise DataError(f"--vlm {name}: no configuration that can be used ({reason[:200]})") from None
+    size = {"width": text.hidden_size, "blocks": text.num_hidden_layers, "heads": text.num_attention_heads}
+    size |= {"kv_heads": text.num_key_value_heads, "inner": text.intermediate_size, "vocab": text.vocab_size}
+    return config, replace(SHAPES["3b"], tied=config.tie_word_embeddings, **size)
 
 
 def shapes_of(cfg):

@@ -398,6 +398,20 @@ def readme_texts():
     ]
 
 
+def memory_texts():
+    """Sentences of docs/gpu_node.md about the tables of memory.json."""
+    from test_memory import TOLERANCE
+
+    found = {size: read("memory")[size]["fits"] for size in ("3b", "7b")}
+
+    def held(size, gpu):
+        return [stage for stage, on in found[size].items() if on[gpu]["flags"] is not None]
+
+    assert held("3b", "48") == held("7b", "141") == list(found["3b"])  # as the page says
+    assert held("3b", "24") == ["1", "2"] and set(found["7b"]) - set(held("7b", "80")) == {"3 adapt"}
+    return [f"they agree within {TOLERANCE:.0%}"]
+
+
 def sentences():
     """{page: parts of sentences, with the numbers that they must have}"""
     compared, settings = choice_texts()
@@ -407,6 +421,7 @@ def sentences():
         "docs/choices.md": settings,
         "docs/cost.md": bench_texts(),
         "docs/mmrole.md": mmrole_texts(),
+        "docs/gpu_node.md": memory_texts(),
     }
 
 
