@@ -267,6 +267,9 @@ def table_texts():
         k: [np.mean(row[k]) for row in R["table7"].values()] for k in ("held-out text, nats", "codes", "ID", "OOD")
     }
     before = np.mean([R["table1"]["GRPO latent"][t][:3] for t in ("ID", "OOD")])
+    old, again, new = (
+        np.array(x) for x in (R["table1"]["GRPO latent"]["ID"][:3], read("control")["ID"], R["table7"]["full"]["ID"])
+    )
     best = {row: spread(f.average("table6", row)) for row in ("GRPO token, 3e-4", "GRPO latent, 1e-3")}
     return [
         f"Judge ratio. {shown['table1']}",
@@ -303,6 +306,8 @@ def table_texts():
         "held-out text needs {1:.3f} nats instead of {0:.3f}".format(*bonus["held-out text, nats"]),
         f"{lead(np.subtract(*bonus['ID'][::-1]))} on ID and {lead(np.subtract(*bonus['OOD'][::-1]))} on OOD",
         f"they are {before - np.mean([bonus['ID'][0], bonus['OOD'][0]]):.2f} lower on average",
+        f"came to {again[0]:.3f}, {again[1]:.3f} and {again[2]:.3f} on ID, {np.mean(old - again):.2f} below table 1",
+        f"moves by up to {np.ptp([old, again, new], 0).max():.2f} on ID",
         f"{best['GRPO token, 3e-4']} for tokens at 3e-4, and {best['GRPO latent, 1e-3']} for latent actions at 1e-3",
     ]
 
