@@ -51,8 +51,8 @@ FLATTEN = """\
 # The tower: 8 x 8 patches of 14 pixels of a 112 x 112 image, merged 2 x 2 into 16 tokens.
 TOWER = dict(
     depth=6,
-    hidden_size=240,
-    intermediate_size=720,
+    hidden_size=256,
+    intermediate_size=640,
     num_heads=4,
     patch_size=14,
     spatial_merge_size=2,

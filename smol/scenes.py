@@ -125,6 +125,21 @@ def paint(rng, scene, drawings):
     return scene, np.asarray(image), cells
 
 
+def draw_mosaic(rng, drawings, allowed):
+    """Four small pictures in one, each of one thing -> (image, cells) as of `draw_scene`: more names to a picture."""
+    image, cells = Image.new("RGB", (SIDE, SIDE)), [None] * 16
+    half = SIDE // 2
+    for number, (left, top) in zip(rng.sample(allowed, 4), ((0, 0), (1, 0), (0, 1), (1, 1))):
+        thing, size = Thing(drawings.names[number], number), rng.randint(36, half)
+        image.paste(draw_background(rng, rng.choice(["", *COLOURS])).resize((half, half)), (left * half, top * half))
+        sprite = draw_thing(rng, thing, drawings, size)
+        at = [round(k * half + rng.uniform(0, half - size)) for k in (left, top)]
+        image.paste(sprite, at, sprite)
+        for row in (0, 1):
+            cells[(2 * top + row) * 4 + 2 * left] = cells[(2 * top + row) * 4 + 2 * left + 1] = thing.name
+    return np.asarray(image), cells
+
+
 def draw_thing(rng, thing, drawings, size):
     if thing.drawing is not None:
         sprite = Image.fromarray(drawings.pixels[thing.drawing])
@@ -170,8 +185,10 @@ def shade(rng, colour, spread):
 # ----------------------------------------------------------------------------------------------------------- words
 def plural(name):
     head, _, last = name.rpartition(" ")
-    if last.endswith(("s", "x", "ch", "sh")):
-        last = last if last.endswith("s") and not last.endswith("ss") else last + "es"
+    if last.endswith(("ss", "us", "x", "ch", "sh")):
+        last += "es"
+    elif last.endswith("s"):
+        pass
     elif last.endswith("y") and last[-2:-1] not in "aeiou":
         last = last[:-1] + "ies"
     else:
