@@ -80,7 +80,7 @@ class Scene:
 
 # -------------------------------------------------------------------------------------------------------- drawing
 def draw_scene(rng, drawings, allowed, shapes=0.25, count=None):
-    """-> (Scene, image (SIDE, SIDE, 3) uint8, cells (16,): the name that each image token should have, or None).
+    """-> (Scene, image (SIDE, SIDE, 3) uint8, cells (16,): the Thing that each image token shows, or None).
 
     allowed: the numbers of the drawings to choose from. shapes: the share of coloured shapes. count: of the things."""
     count = count or rng.choice((1, 1, 1, 2, 2, 3))
@@ -119,8 +119,8 @@ def paint(rng, scene, drawings):
         covers.append(np.asarray(cover).reshape(4, CELL, 4, CELL).mean((1, 3)).ravel() / 255)
     most = np.argmax(covers, 0)
     best = np.max(covers, 0)
-    ground = f"{scene.background} background" if scene.background else None
-    cells = [scene.things[most[k]].name if best[k] > 0.25 else None for k in range(16)]
+    ground = Thing(f"{scene.background} background") if scene.background else None
+    cells = [scene.things[most[k]] if best[k] > 0.25 else None for k in range(16)]
     cells = [ground if best[k] < 0.02 else cells[k] for k in range(16)]
     return scene, np.asarray(image), cells
 
@@ -136,7 +136,7 @@ def draw_mosaic(rng, drawings, allowed):
         at = [round(k * half + rng.uniform(0, half - size)) for k in (left, top)]
         image.paste(sprite, at, sprite)
         for row in (0, 1):
-            cells[(2 * top + row) * 4 + 2 * left] = cells[(2 * top + row) * 4 + 2 * left + 1] = thing.name
+            cells[(2 * top + row) * 4 + 2 * left] = cells[(2 * top + row) * 4 + 2 * left + 1] = thing
     return np.asarray(image), cells
 
 

@@ -132,17 +132,32 @@ class Names:
         self.directions_KD = F.normalize(torch.stack(rows) - self.centre_D, dim=-1)
 
     def loss(self, y_TD, cells, scale):
-        """y_TD: image tokens of all scenes in one row; cells: their names, None where there is none. -> (loss, share
-        of the tokens of things that are named right)."""
-        at = [k for k, name in enumerate(cells) if name in self.number]
-        true = torch.tensor([self.number[cells[k]] for k in at])
-        thing = torch.tensor([not cells[k].endswith(" background") for k in at])
+        """y_TD: image tokens of all scenes in one row; cells: the Thing that each shows, or None. -> (loss, share of the
+        tokens of things that are named right)."""
+        at = [k for k, thing in enumerate(cells) if thing]
+        true = torch.tensor([self.number[cells[k].name] for k in at])
+        thing = torch.tensor([not cells[k].name.endswith(" background") for k in at])
         y_MD = y_TD[at].float() - self.centre_D
         logits_MK = scale * F.normalize(y_MD, dim=-1) @ self.directions_KD.T
         weight_M = torch.where(thing, 1.0, GROUND)
         nll = (F.cross_entropy(logits_MK, true, reduction="none") * weight_M).sum() / weight_M.sum()
         stretch = (y_MD.norm(dim=-1) / self.length).log().pow(2).mean()  # as long as a word's embedding
         return nll + 0.1 * stretch, (logits_MK.argmax(-1) == true)[thing].float().mean()
+
+
+class Teacher:
+    """Phase 'naming' also: from an image token that shows a drawing, a linear map is to give the drawing's vector of
+    teacher.py. L = 1 - cos(W y_t + b, v_t), mean over these tokens."""
+
+    def __init__(self, file, width):
+        with np.load(file) as f:
+            self.vectors_NK = torch.from_numpy(f["vectors"]).float()
+        self.linear = torch.nn.Linear(width, self.vectors_NK.shape[1])
+
+    def loss(self, y_TD, cells):
+        at = [k for k, thing in enumerate(cells) if thing and thing.drawing is not None]
+        v_MK = self.vectors_NK[[cells[k].drawing for k in at]]
+        return 1 - F.cosine_similarity(self.linear(y_TD[at]).float(), v_MK, dim=-1).mean()
 
 
 def image_tokens(vlm, pixels, grids):
@@ -199,7 +214,10 @@ class Training:
         attend_at_once(self.vlm)
         self.names = Names(self.vlm, self.data)
         self.scale = torch.nn.Parameter(torch.tensor(20.0))
+        self.teacher = Teacher(args.teacher, self.vlm.config.hidden_size) if args.teacher else None
         self.params = [*tower_of(self.vlm).parameters(), self.scale]
+        if self.teacher:
+            self.params += self.teacher.linear.parameters()
         self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
         self.step, self.minutes = 0, 0.0
         self.file = args.out.with_suffix(".train")
@@ -208,10 +226,14 @@ class Training:
             tower_of(self.vlm).load_state_dict(state["tower"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scale.data, self.step, self.minutes = state["scale"], state["step"], state["minutes"]
+            if self.teacher:
+                self.teacher.linear.load_state_dict(state["teacher"])
 
     def save(self):
         args, tower = self.args, tower_of(self.vlm).state_dict()
         state = {"tower": tower, "optimizer": self.optimizer.state_dict(), "scale": self.scale.data}
+        if self.teacher:
+            state["teacher"] = self.teacher.linear.state_dict()
         args.out.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state | {"step": self.step, "minutes": self.minutes}, f"{self.file}.new")
         Path(f"{self.file}.new").rename(self.file)
@@ -226,10 +248,16 @@ class Training:
 
     def loss(self, given):
         """given: what `Steps` made of this step's number. -> (loss, what the log says)"""
-        if self.step < self.args.naming:
+        args = self.args
+        if self.step < args.naming:
             pixels, grids, cells = given
-            loss, right = self.names.loss(image_tokens(self.vlm, pixels, grids), cells, self.scale)
-            return loss, {"naming": loss.item(), "named_right": right.item()}
+            y_TD = image_tokens(self.vlm, pixels, grids)
+            loss, right = self.names.loss(y_TD, cells, self.scale)
+            told = {"naming": loss.item(), "named_right": right.item()}
+            if self.teacher:
+                unlike = self.teacher.loss(y_TD, cells)
+                loss, told["unlike_teacher"] = loss + args.teacher_weight * unlike, unlike.item()
+            return loss, told
         sums = [caption_nll(self.vlm, batch) for batch in given]
         told = {name: nll.item() / count for name, (nll, count) in zip(("caption", "dialogue"), sums)}
         return sum(nll for nll, _ in sums) / sum(count for _, count in sums), told
@@ -366,6 +394,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--vlm", default="runs/smol/start", help="checkpoint with the language model, of make_vlm")
     add("--drawings", default="runs/smol/drawings.npz", type=Path, help="file of smol.drawings")
+    add("--teacher", type=Path, help="file of smol.teacher; without it the names alone teach")
+    add("--teacher-weight", default=5.0, type=float, help="weight of the likeness to the teacher's vectors")
     add("--out", default="runs/smol/tower", type=Path, help="file to write, without its ending")
     add("--naming", default=4500, type=int, help="steps of phase naming")
     add("--captions", default=900, type=int, help="steps of phase captions")

@@ -65,9 +65,9 @@ def test_scenes_show_what_is_said(drawings):
         for thing, (x, y) in zip(scene.things, scenes.SPOTS[count][scene.order]):
             near = {tuple(image[y + dy, x + dx]) for dy in range(-9, 10, 3) for dx in range(-9, 10, 3)}
             assert tuple(drawings.pixels[thing.drawing, 0, 0, :3]) in near
-        named = {c for c in cells if c and not c.endswith("background")}
+        named = {c.name for c in cells if c and not c.name.endswith("background")}
         assert named <= {t.name for t in scene.things}
-        assert scene.background or not any(c and c.endswith("background") for c in cells)
+        assert scene.background or not any(c and c.name.endswith("background") for c in cells)
         found |= {(count, scene.order, scene.copies)}
         said = caption(scene, seeded(k)).lower()
         assert all(t.name in said or plural(t.name) in said for t in scene.things)
@@ -77,15 +77,16 @@ def test_scenes_show_what_is_said(drawings):
 def test_cells_are_those_of_the_image_tokens(drawings):
     """Row by row from the top left, as the VLM's image tokens are."""
     scene = Scene((Thing("cat", 0), Thing("bus", 2)), "across", "green")
-    _, image, cells = scenes.paint(seeded(1), scene, drawings)
+    _, image, shown = scenes.paint(seeded(1), scene, drawings)
+    cells = [c and c.name for c in shown]
     for row in range(4):
         left, right = cells[4 * row : 4 * row + 2], cells[4 * row + 2 : 4 * row + 4]
         assert "bus" not in left and "cat" not in right
     assert "cat" in cells and "bus" in cells
     image, cells = draw_mosaic(seeded(2), drawings, list(range(6)))
-    for k, name in enumerate(cells):
+    for k, thing in enumerate(cells):
         quarter = image[56 * (k // 8) :, 56 * (k % 4 // 2) :][:56, :56].reshape(-1, 3)
-        colour = drawings.pixels[NAMES.index(name), 0, 0, :3]
+        colour = drawings.pixels[thing.drawing, 0, 0, :3]
         assert (np.abs(quarter.astype(int) - colour).sum(1) < 20).mean() > 0.2
 
 
@@ -116,7 +117,7 @@ def test_the_naming_loss_by_hand():
     )
     names.directions_KD = torch.eye(3)[:2]
     y_TD = torch.tensor([[1.0, 0, 5], [1.0, 0, 5], [9.0, 9, 9]])
-    cells = ["cat", "green background", None]
+    cells = [Thing("cat", 0), Thing("green background"), None]
     loss, right = train_vision.Names.loss(names, y_TD, cells, torch.tensor(2.0))
     hit, miss = (-math.log(math.exp(s) / (math.exp(0) + math.exp(2))) for s in (2, 0))
     close(loss, torch.tensor((hit + 0.2 * miss) / 1.2), 1e-5)
