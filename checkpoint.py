@@ -30,7 +30,8 @@ from tqdm import tqdm
 from data import DataError
 
 BEST = "best"
-MAY_CHANGE = ("out", "save_every", "keep", "micro", "checkpointing", "timeout")  # memory, time and place alone
+# memory, time and place alone
+MAY_CHANGE = ("out", "save_every", "keep", "micro", "checkpointing", "timeout", "states", "states_gib")
 
 
 def rank():

@@ -23,14 +23,15 @@ import torch
 
 import checkpoint
 import common
-from common import Everywhere, option
+from common import option
 from data import Processor, batches
 from model import Projector, projector_loss
+from states import KeepsStates, reader
 from vlm import VLM
 
 
 @dataclass
-class Config(Everywhere):
+class Config(KeepsStates):
     vlm: str = option("tiny/vlm", "folder or hub name of the frozen vision-language model")
     paired: str = option("runs/world/paired.jsonl", "image-text records")
     out: str = option("runs/stage1", "folder of this run")
@@ -60,12 +61,13 @@ def train(cfg, guard, place):
         checkpoint.load_into(projector, {k.removeprefix("projector."): v for k, v in tensors.items()}, cfg.out)
         step_weights.load_state_dict(going_on["optimizer"])
     common.report(step_weights.params, vlm)
+    read = reader(vlm, cfg)
 
     def loss_fn(projector, given, norms):
         (batch,), (norm,) = given, norms
         with torch.no_grad():
-            h_BTD = vlm(batch)
-        loss, error, identity = (x * norm for x in projector_loss(projector, vlm, processor, batch, h_BTD))
+            h_BTD = read(batch)
+        loss, error, identity = (x * norm for x in projector_loss(projector, read, processor, batch, h_BTD))
         return loss, {"mse": error, "mse_identity": identity}
 
     objective, drawn = common.wrap(projector, loss_fn), start * cfg.batch * place.ranks

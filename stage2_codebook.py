@@ -30,14 +30,15 @@ import torch.nn.functional as F
 
 import checkpoint
 import common
-from common import Everywhere, option
+from common import option
 from data import DataError, Processor, batches
 from model import inverse_loss, projector_loss
+from states import KeepsStates, reader
 from vlm import VLM, next_token_loss
 
 
 @dataclass
-class Config(Everywhere):
+class Config(KeepsStates):
     vlm: str = option("tiny/vlm", "folder or hub name of the frozen vision-language model")
     paired: str = option("runs/world/paired.jsonl", "image-text records")
     text: str = option("runs/world/text.jsonl", "text-only records")
@@ -185,6 +186,7 @@ class Run:
         files = {"paired": common.open_records(cfg.paired, cfg), "text": common.open_records(cfg.text, cfg)}
         self.train, self.held_out = self.split(files)
         self.vlm = VLM(cfg.vlm, place.device, place.dtype)
+        self.read = reader(self.vlm, cfg)
         same = ("codes", "inverse_blocks", "policy_blocks", "merges", "world_output", "tau", "entropy_bonus")
         self.arch = {k: getattr(cfg, k) for k in same}
         self.arch |= {"skip": before["config"]["mean"] == "skip", "project": cfg.without != "projector"}
@@ -251,7 +253,7 @@ class Run:
 
     def validate(self, kind):
         held_out = [self.held_out[kind][i] for i in range(len(self.held_out[kind]))]
-        val = validate(self.latent, self.vlm, self.processor, held_out, self.place)
+        val = validate(self.latent, self.read, self.processor, held_out, self.place)
         common.say(f"{kind}: " + ", ".join(f"{k} {v:.3f}" for k, v in val.items()) + " nats a token")
         return val
 
@@ -268,7 +270,7 @@ def train_phase(run, phase, begin, end):
 
     def loss_fn(latent, given, norms):
         paired, text = given if len(given) == 2 else (*given, None)
-        return joint_loss(latent, run.vlm, run.processor, paired, text, cfg, norms)
+        return joint_loss(latent, run.read, run.processor, paired, text, cfg, norms)
 
     objective, steps = common.wrap(latent, loss_fn), end - begin
     kinds = ["paired"] if phase == "a" or cfg.without == "text" else ["paired", "text"]

@@ -26,14 +26,15 @@ import torch.nn.functional as F
 
 import checkpoint
 import common
-from common import Everywhere, option
+from common import option
 from data import DataError, Processor, batches
 from model import inverse_loss
+from states import KeepsStates, reader
 from vlm import VLM, next_token_loss
 
 
 @dataclass
-class Config(Everywhere):
+class Config(KeepsStates):
     actions: str = option("latent", "clone and adapt the policy, or fine-tune the VLM", choices=("latent", "token"))
     vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
     init: str = option("runs/stage2", "finished run of stage 2, or a finished clone (latent only)")
@@ -159,6 +160,7 @@ class Run:
         if before["config"].get("actions") == "token":
             raise DataError(f"--init {cfg.init}: is an SFT run; needed is one of stage 2, or a clone")
         self.vlm = VLM(cfg.vlm, place.device, place.dtype)
+        self.read = reader(self.vlm, cfg)
         self.arch = before["arch"] | {"tau": cfg.tau, "entropy_bonus": cfg.entropy_bonus}
         needed = ("projector", "inverse", "quantiser", "world")
         self.latent = common.build_latent(self.vlm, self.arch, tensors, cfg.init, needed).to(place.device)
@@ -211,7 +213,7 @@ def clone(run):
     kinds = [k for k in ("paired", "text") if k in run.files]
 
     def loss_fn(latent, given, norms):
-        return clone_loss(latent, run.vlm, dict(zip(kinds, given)), norms)
+        return clone_loss(latent, run.read, dict(zip(kinds, given)), norms)
 
     run.train(kinds, run.cfg.batch, 0, run.cfg.steps_clone, run.cfg.lr, loss_fn, common.cosine)
 
@@ -227,7 +229,7 @@ def adapt(run):
     run.latent.train_only(*trainable_parts("adapt"))
 
     def loss_fn(latent, given, norms):
-        return adapt_loss(latent, run.vlm, *given, *norms)
+        return adapt_loss(latent, run.read, *given, *norms)
 
     begin, rate = run.steps - cfg.steps_adapt, adapt_rate(cfg.steps_adapt)
     run.train(["demos"], cfg.batch_adapt, begin, run.steps, cfg.lr_adapt, loss_fn, rate)
@@ -261,6 +263,8 @@ def train(cfg, guard, place):
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
+    if cfg.states and cfg.actions == "token":
+        raise DataError("--states: SFT trains the VLM, so no states can be kept; leave it out")
     place = common.setup(cfg)
     with checkpoint.Guard(cfg.out) as guard:
         train(cfg, guard, place)

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from data import DataError, find
-from packed_linear import pack
+from packed_linear import pack, product
 
 hf_logging.disable_progress_bar()  # one bar a run is enough
 
@@ -210,12 +210,7 @@ class VLM(nn.Module):
         dtype = product_dtype(self.head.weight, self.head.weight)
         if dtype == torch.float32:
             return self.head  # may be packed
-        weight_VD = self.head.weight.to(dtype)
-
-        def logits(y_MD):
-            return head_logits(y_MD, weight_VD)
-
-        return logits
+        return head_product(self.head.weight.to(dtype))
 
     def _types(self, batch):
         return (batch.ids_BT == self.model.config.image_token_id).int()
@@ -232,16 +227,27 @@ def product_dtype(x, weight):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def head_logits(y_MD, weight_VD):
-    """W y in float32 (M, V), without gradient. y is rounded to the dtype of W, the sums are not.
+def head_product(weight_VD):
+    """-> function: y (M, D) -> W y in float32 (M, V), without gradient. y is rounded to W's dtype, the sums are not.
 
     A product in bfloat16 would round its result as well: a logit of 16 would stand for all from 15.97 to 16.06. What
-    is sampled with such logits has other log-probabilities than what is scored, and an arg max has ties."""
-    y_MD = y_MD.to(weight_VD.dtype)
-    with torch.autocast(y_MD.device.type, enabled=False):
-        if y_MD.is_cuda and weight_VD.dtype != torch.float32:
-            return torch.mm(y_MD, weight_VD.T, out_dtype=torch.float32)
-        return F.linear(y_MD.float(), weight_VD.float())
+    is sampled with such logits has other log-probabilities than what is scored, and an arg max has ties.
+
+    A CPU has no product of bfloat16 factors with a float32 result. So there both become float32, W once for all
+    products."""
+    low = weight_VD.dtype != torch.float32
+    wide = product(weight_VD.float()) if low and not weight_VD.is_cuda else None
+
+    def logits(y_MD):
+        y_MD = y_MD.to(weight_VD.dtype)
+        with torch.autocast(y_MD.device.type, enabled=False):
+            if wide:
+                return wide(y_MD.float())
+            if low:
+                return torch.mm(y_MD, weight_VD.T, out_dtype=torch.float32)
+            return F.linear(y_MD, weight_VD)
+
+    return logits
 
 
 def log_probs(logits, temperature=1.0, top_k=0, never=None, support=None):
@@ -283,10 +289,10 @@ class HeadLogProbs(torch.autograd.Function):
     LOGITS = 2**23
 
     @staticmethod
-    def chunk(ctx, y, weight, ids, support):
-        """-> (log p(x), p) of these rows."""
+    def chunk(ctx, y, head, ids, support):
+        """-> (log p(x), p) of these rows; head: see `head_product`."""
         temperature, never = ctx.shape
-        logp = log_probs(head_logits(y, weight), temperature, 0, never, support)
+        logp = log_probs(head(y), temperature, 0, never, support)
         return logp.gather(-1, ids[:, None])[:, 0], logp.exp_()
 
     @staticmethod
@@ -294,13 +300,14 @@ class HeadLogProbs(torch.autograd.Function):
         rows = max(1, HeadLogProbs.LOGITS // len(weight_VD))
         ctx.shape, ctx.rows, ctx.dtype = (temperature, never), rows, product_dtype(y_MD, weight_VD)
         weight = weight_VD.to(ctx.dtype)
+        head = head_product(weight)
         logp_M = y_MD.new_empty(len(ids_M), dtype=torch.float32)
         H_M = torch.zeros_like(logp_M)
         grad_MD = torch.empty_like(y_MD) if ctx.needs_input_grad[0] else None
         for i in range(0, len(ids_M), rows):
             part = slice(i, i + rows)
             support = None if support_Mk is None else support_Mk[part]
-            logp_M[part], p = HeadLogProbs.chunk(ctx, y_MD[part], weight, ids_M[part], support)
+            logp_M[part], p = HeadLogProbs.chunk(ctx, y_MD[part], head, ids_M[part], support)
             if with_entropy:
                 H_M[part] = torch.special.entr(p).sum(-1)
             if grad_MD is not None:
@@ -320,15 +327,15 @@ class HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def weight_gradient(ctx, g_M, y_MD, weight_VD, ids_M, support_Mk):
-        grad_VD, weight = torch.zeros_like(weight_VD), weight_VD.to(ctx.dtype)
+        grad_VD, head = torch.zeros_like(weight_VD), head_product(weight_VD.to(ctx.dtype))
         g_M = g_M / ctx.shape[0]  # the temperature
         for i in range(0, len(ids_M), ctx.rows):
             part = slice(i, i + ctx.rows)
-            y = y_MD[part].to(weight_VD.dtype)
+            y = y_MD[part].to(ctx.dtype)
             support = None if support_Mk is None else support_Mk[part]
-            _, p = HeadLogProbs.chunk(ctx, y, weight, ids_M[part], support)
+            _, p = HeadLogProbs.chunk(ctx, y, head, ids_M[part], support)
             put_p_minus_1(p, ids_M[part])
-            grad_VD += p.mul_(-g_M[part, None]).T @ y
+            grad_VD += p.mul_(-g_M[part, None]).to(ctx.dtype).T @ y
         return grad_VD
 
 

@@ -132,8 +132,8 @@ class Names:
         self.directions_KD = F.normalize(torch.stack(rows) - self.centre_D, dim=-1)
 
     def loss(self, y_TD, cells, scale):
-        """y_TD: image tokens of all scenes in one row; cells: the Thing that each shows, or None. -> (loss, share of the
-        tokens of things that are named right)."""
+        """y_TD: image tokens of all scenes in one row; cells: the Thing that each shows, or None. -> (loss, share of
+        the tokens of things that are named right)."""
         at = [k for k, thing in enumerate(cells) if thing]
         true = torch.tensor([self.number[cells[k].name] for k in at])
         thing = torch.tensor([not cells[k].name.endswith(" background") for k in at])

@@ -8,10 +8,13 @@ import json
 import math
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from states import KeepsStates
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -536,6 +539,8 @@ def test_commands_have_flags_that_exist(page):
             if file.exists() and "class Config" in (source := file.read_text()):
                 config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Config")
                 known = {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)} | {"preset", "help"}
+                if config.bases and config.bases[0].id == "KeepsStates":
+                    known |= {f.name for f in fields(KeepsStates)}
                 for flag in re.findall(r"--([a-z-]+)", flags):
                     assert flag.replace("-", "_") in known, f"{page}: {module} has no --{flag}"
 

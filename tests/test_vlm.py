@@ -13,6 +13,7 @@ from helpers import LAYERS, TINY, alone, close, extend, picked, question
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
+import packed_linear
 from data import DataError, Processor
 from rollout import roomy_cache
 from vlm import VLM, HeadLogProbs, head_log_probs, log_probs, next_token_loss, positions_of, visible
@@ -272,6 +273,42 @@ def test_logits_are_not_rounded_to_bfloat16(vlm, latent):
     close(logp, picked(log_probs(logits), ids), 1e-5)
     assert (actions.bfloat16() != actions).float().mean() > 0.9
     close(vlm.scorer()(y), vlm.head(y), 0)
+
+
+@pytest.mark.parametrize("at_once", [2, 30])
+def test_the_gradient_of_a_head_that_trains_has_bfloat16_factors_and_a_float32_sum(monkeypatch, at_once):
+    """sum_m (1[v = x] - p_v) y, against float64: each factor is off by up to 1/256, so the sum by less than that."""
+    torch.manual_seed(19)
+    monkeypatch.setattr(HeadLogProbs, "LOGITS", at_once * 200)
+    head, y, ids = torch.nn.Linear(64, 200, bias=False), torch.randn(30, 64), torch.arange(30) % 7
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = next_token_loss(head, y, ids)
+    loss.backward()
+    p = torch.softmax(y.double() @ head.weight.detach().double().T, -1)
+    want = (p - torch.nn.functional.one_hot(ids, 200)).T @ y.double()
+    error = (head.weight.grad.double() - want).norm() / want.norm()
+    assert head.weight.grad.dtype == torch.float32 and 1e-4 < error < 1 / 256
+
+
+@pytest.mark.skipif(not packed_linear.AVAILABLE, reason="this torch has no packed product")
+def test_a_head_in_bfloat16_is_packed_once_for_all_its_products(vlm, monkeypatch):
+    """In float32 it is not: there the product is torch's own, as in the demo."""
+    packed, real = [], torch.ops.mkldnn._reorder_linear_weight
+
+    def reorder(weight, rows):
+        packed.append(weight.shape)
+        return real(weight, rows)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", reorder)
+    monkeypatch.setattr(HeadLogProbs, "LOGITS", 2 * len(vlm.head.weight))
+    y, ids = torch.randn(6, 128), torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_parts = next_token_loss(vlm.head, y, ids)
+        assert packed == [vlm.head.weight.shape]
+        monkeypatch.setattr(HeadLogProbs, "LOGITS", 6 * len(vlm.head.weight))
+        close(in_parts, next_token_loss(vlm.head, y, ids), 1e-5)
+    next_token_loss(vlm.head, y, ids)
+    assert len(packed) == 2
 
 
 # --------------------------------------------------------------------------------------- a checkpoint that is not whole
