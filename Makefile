@@ -1,5 +1,7 @@
 # make demo     stages 1-4, the token-level baseline and the evaluation on the embedded default -> runs/demo/
 # make real     the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
+# make smol     the same on MMRole with a language model that speaks English: make smol DATA=<...> -> runs/smol/
+# make smol-ablations   stage 2 of it once more, without the cycle loss, the projector, the text-only data
 # make test     the tests, and ruff on the code's form
 # make test-all the tests with all of the fuzzing
 # make tables   the paper's tables in miniature, three seeds -> runs/tables/results/
@@ -12,7 +14,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real test test-all bench tables figures setup mmrole
+.PHONY: demo real smol smol-ablations test test-all bench tables figures setup mmrole smol-vlm
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -20,6 +22,9 @@ setup: .venv/ready
 	touch $@
 .venv/ready-real: .venv/ready requirements-real.txt
 	.venv/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-real.txt
+	touch $@
+.venv/ready-smol: .venv/ready-real requirements-smol.txt
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-smol.txt
 	touch $@
 
 test: .venv/ready
@@ -45,9 +50,16 @@ tables: .venv/ready-real runs/world/world.json
 runs/world/world.json: .venv/ready tiny/world.py
 	$(PY) tiny/world.py --out runs/world
 
+OUT = runs/real
 mmrole: .venv/ready-real
-	@test -n "$(DATA)" || { echo "error: give the folder of MMRole as published: make real DATA=<folder>"; exit 2; }
-	$(PY) -m convert.mmrole "$(DATA)" --out runs/real/data
+	@test -n "$(DATA)" || { echo "error: give the folder of MMRole as published: make $(MAKECMDGOALS) DATA=<folder>"; exit 2; }
+	$(PY) -m convert.mmrole "$(DATA)" --out $(OUT)/data $(CONVERT)
+
+# Assembled beside its place, so that it is there whole or not at all. VISION=random: a tower that has learnt nothing.
+VISION ?= smol/vision.safetensors
+smol-vlm: .venv/ready-smol
+	@test -d $(OUT)/vlm || { rm -rf $(OUT)/vlm.new; \
+	$(PY) -m smol.make_vlm --vision $(VISION) --out $(OUT)/vlm.new && mv $(OUT)/vlm.new $(OUT)/vlm; }
 
 # The defaults of the scripts are the demo's. `real` has short runs on long sequences: what counts there is that real text and
 # pictures go through every stage.
@@ -67,23 +79,55 @@ real: SFT = --steps-adapt 60 --batch-adapt 8
 real: RL = --prompts $(OUT)/data/task_prompts.jsonl --judge $(JUDGE) --steps 12 --batch 4 --lr 3e-4 --max-new 48 --max-prompt 512
 real: EVAL = --max-pixels 9408 --data $(OUT)/data --judge $(JUDGE) --embedder $(JUDGE) --limit 24 --samples 1 --diversity-prompts 6 --batch 12 --max-new 48 --max-prompt 512
 
+# `smol`: a dialogue of 256 tokens holds the first third of an answer, and leaves out the 13% that are Chinese.
+smol smol-ablations: OUT = runs/smol
+smol smol-ablations: CONVERT = --val 120
+smol smol-ablations: ALL = --seed $(SEED) --vlm $(OUT)/vlm --max-pixels 12544
+smol smol-ablations: PAIRED = --paired $(OUT)/data/paired.jsonl --max-length 256 --states $(OUT)/states
+smol smol-ablations: TEXT = --text $(OUT)/data/text.jsonl
+smol smol-ablations: S2 = --steps-a 24 --steps-b 90 --batch 4 --save-every 25
+smol: DEMOS = --demos $(OUT)/data/task_demos.jsonl --max-length 256
+smol: JUDGE = "$(MINILM)"
+smol: S1 = --steps 40 --batch 4 --save-every 20
+smol: S3 = --steps-clone 60 --steps-adapt 30 --batch 4 --batch-adapt 6 --save-every 20
+smol: SFT = --steps-adapt 60 --batch-adapt 6 --lr-adapt 1e-4 --save-every 20
+smol: RL = --prompts $(OUT)/data/task_prompts.jsonl --val $(OUT)/data/task_val.jsonl --eval-every 20 --judge $(JUDGE) \
+  --steps 80 --batch 2 --max-new 48 --max-prompt 192 --save-every 10
+smol: RL_LATENT = --lr 1e-4
+smol: RL_TOKEN = --lr 1e-5 --micro 8
+smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --data $(OUT)/data --judge $(JUDGE) --embedder $(JUDGE) --limit 96 --samples 1 \
+  --diversity-prompts 12 --batch 24 --max-new 48 --max-prompt 192
+# both cores; not again where no RL run is newer than the results
+smol: ALONE = test -f $(OUT)/results.json -a -z "$$(find $(OUT)/rl_*/ckpt-* -maxdepth 0 -newer $(OUT)/results.json)" || OMP_NUM_THREADS=2
+smol: AFTER = OMP_NUM_THREADS=2 $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --rows 16
+
 demo: .venv/ready runs/world/world.json
 real: mmrole
+smol: mmrole smol-vlm
+smol-ablations: .venv/ready-smol
 
 # One core for each side: the latent stages in front, the baseline behind them (its progress goes to token.log). Ctrl-C reaches
 # both, and each saves; when one side ends early, or make is told to stop, the other one is told and waited for.
-demo real:
+demo real smol:
 	@mkdir -p $(OUT); ( \
 	trap 'kill -TERM $$CHILD 2>/dev/null; wait $$CHILD' TERM; \
 	beside() { "$$@" & CHILD=$$!; wait $$CHILD; }; \
 	beside $(PY) stage3_bc.py $(ALL) --actions token $(DEMOS) $(SFT) --out $(OUT)/sft && \
-	beside $(PY) stage4_latent_rl.py $(ALL) --actions token $(RL) --init $(OUT)/sft --out $(OUT)/rl_token \
+	beside $(PY) stage4_latent_rl.py $(ALL) --actions token $(RL) $(RL_TOKEN) --init $(OUT)/sft --out $(OUT)/rl_token \
 	) > $(OUT)/token.log 2>&1 & TOKEN=$$!; \
 	trap 'wait $$TOKEN; exit 130' INT; trap 'kill -TERM $$TOKEN 2>/dev/null; wait $$TOKEN; exit 143' TERM; \
 	$(PY) stage1_projector.py $(ALL) $(PAIRED) $(S1) --out $(OUT)/stage1 && \
 	$(PY) stage2_codebook.py $(ALL) $(PAIRED) $(TEXT) $(S2) --projector $(OUT)/stage1 --out $(OUT)/stage2 && \
 	$(PY) stage3_bc.py $(ALL) $(PAIRED) $(TEXT) $(DEMOS) $(S3) --init $(OUT)/stage2 --out $(OUT)/stage3 && \
-	$(PY) stage4_latent_rl.py $(ALL) $(RL) --init $(OUT)/stage3 --out $(OUT)/rl_latent || \
+	$(PY) stage4_latent_rl.py $(ALL) $(RL) $(RL_LATENT) --init $(OUT)/stage3 --out $(OUT)/rl_latent || \
 	{ CODE=$$?; kill -TERM $$TOKEN 2>/dev/null; wait $$TOKEN; exit $$CODE; }; \
 	wait $$TOKEN || { tail -n 3 $(OUT)/token.log; exit 1; }
-	$(PY) evaluate.py $(EVAL) --sft $(OUT)/sft --bc $(OUT)/stage3 --token $(OUT)/rl_token --latent $(OUT)/rl_latent --codebook $(OUT)/stage2 --out $(OUT)
+	$(ALONE) $(PY) evaluate.py $(EVAL) --sft $(OUT)/sft --bc $(OUT)/stage3 --token $(OUT)/rl_token --latent $(OUT)/rl_latent --codebook $(OUT)/stage2 --out $(OUT)
+	$(AFTER)
+
+# One after the other, from the stage 1 of `smol`; what is finished is not run again.
+smol-ablations:
+	@test -d $(OUT)/stage2 || { echo "error: first make smol DATA=<folder>, whose stage 1 the ablations begin with"; exit 2; }
+	for W in cycle projector text; do $(PY) stage2_codebook.py $(ALL) $(PAIRED) $(TEXT) $(S2) --without $$W \
+	  --projector $(OUT)/stage1 --out $(OUT)/without_$$W || exit 1; done
+	$(PY) -m studies.smol --run $(OUT) --parts ablations,projector

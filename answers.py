@@ -147,9 +147,10 @@ class HeldOut:
     def sums(self):
         """-> the sum of the rewards, how many there are, and how many failed, over all ranks, float64 (3,).
 
-        At most cfg.batch prompts at a time. The ranks take such batches in turn: what is padded beside what does not
-        depend on their number, and so no result does."""
-        place, size, n = self.agent.place, self.agent.cfg.batch, len(self.prompts)
+        As many answers at a time as RL draws. The ranks take such batches in turn: what is padded beside what does
+        not depend on their number, and so no result does."""
+        cfg, place, n = self.agent.cfg, self.agent.place, len(self.prompts)
+        size = cfg.batch * cfg.group
         sums = torch.zeros(3, dtype=torch.float64)
         for first in range(place.rank * size, n, place.ranks * size):
             r_B1 = self.answers.draw(HELD_OUT, range(first, min(first + size, n)))[2].double().cpu()

@@ -1,7 +1,7 @@
 """Checkpoints: folders that are whole or not there, and runs that go on after any interruption.
 
     OUT/ckpt-STEP/weights.safetensors   what was trained
-    OUT/ckpt-STEP/state.json            stage, step, finished, config, number of ranks
+    OUT/ckpt-STEP/state.json            stage, step, finished, config, number of ranks, peak memory
     OUT/ckpt-STEP/optimizer.pt          state of the optimizer, and what else a stage goes on from
     OUT/best                            with a held-out reward: the best checkpoint so far, a folder of the same form
     OUT/metrics.jsonl                   the log; a run that goes on cuts it back to the checkpoint's step
@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -56,7 +57,7 @@ def save(out, step, tensors, state, optimizer=None, extra=None, keep=2):
     failed = None
     if rank() == 0:
         try:
-            write(Path(out), step, tensors, {"ranks": world_size()} | state, optimizer, extra)
+            write(Path(out), step, tensors, {"ranks": world_size(), "peak_gib": peak_gib()} | state, optimizer, extra)
             found = checkpoints(out)
             later = [p for p in found if number(p) > step]  # damaged: the run has gone back behind them
             for old in later + found[len(later) + keep :]:
@@ -69,6 +70,14 @@ def save(out, step, tensors, state, optimizer=None, extra=None, keep=2):
         dist.barrier()
     if failed:
         raise failed
+
+
+def peak_gib():
+    """The most memory that this process has held so far, in GiB: on the GPU if there is one, else on the host."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
 
 
 def name_of(step):

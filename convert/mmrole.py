@@ -8,11 +8,12 @@ dialogue becomes a text-only one. The images that are used are put beside the re
 where the disk allows it, else as copies), because a records file may name no image outside its own folder.
 
 The split is the paper's. The in-distribution dialogues are shuffled with seed 42. The first 50% are demonstrations, the
-next 40% prompts for RL, the last 10% the in-distribution test. The out-of-distribution file is the other test. Written:
+next 40% prompts for RL, the last 10% the in-distribution test. The out-of-distribution file is the other test. With
+--val N the last N dialogues of the prompts become a validation part, on which settings can be chosen. Written:
 
     paired.jsonl, text.jsonl     for stages 1 to 3: the first 90%, whole dialogues, with and without an image on disk.
-                                 No test dialogue is in them.
-    task_demos.jsonl, task_prompts.jsonl, task_id.jsonl, task_ood.jsonl
+                                 No dialogue of a test or of the validation part is in them.
+    task_demos.jsonl, task_prompts.jsonl, task_id.jsonl, task_ood.jsonl, with --val task_val.jsonl
                                  one record for each answer. The system message names the character. One user message
                                  has the image, the profile, the dialogue so far and the last question.
     counts.json                  how many records each file has, and why which dialogues were refused
@@ -229,18 +230,23 @@ def place_images(dialogues, out):
             shutil.copyfile(source, target)
 
 
-def convert_mmrole(folder, out, profile_bytes=400):
+def convert_mmrole(folder, out, profile_bytes=400, val=0):
     """Write the files that stand at the top of this file under `out`. -> what counts.json has.
 
-    profile_bytes: longest profile in a prompt, in bytes of UTF-8. Raises DataError, as read_rows does."""
+    profile_bytes: longest profile in a prompt, in bytes of UTF-8. val: dialogues of the validation part. Raises
+    DataError where it would leave no prompt, and as read_rows does."""
     out = Path(out)
     usable, refused = usable_dialogues(Path(folder), profile_bytes)
     random.Random(42).shuffle(usable["id"])
     n = len(usable["id"])
     demos, prompts, test = usable["id"][: n // 2], usable["id"][n // 2 : n * 9 // 10], usable["id"][n * 9 // 10 :]
+    if val >= len(prompts):
+        raise DataError(f"--val {val}: there are {len(prompts)} dialogues for RL, so none would be left; give fewer")
+    prompts, held_out = prompts[: len(prompts) - val], prompts[len(prompts) - val :]
     pretraining = [whole(d) for d in demos + prompts]
     files = {"paired": [r for r in pretraining if r["images"]], "text": [r for r in pretraining if not r["images"]]}
     parts = {"task_demos": demos, "task_prompts": prompts, "task_id": test, "task_ood": usable["ood"]}
+    parts |= {"task_val": held_out} if val else {}
     files |= {name: [record for d in part for record in answers(d)] for name, part in parts.items()}
     out.mkdir(parents=True, exist_ok=True)
     place_images(usable["id"] + usable["ood"], out)
@@ -261,9 +267,13 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/real/data", help="folder to write (default: %(default)s)")
     profile_help = "longest profile in a prompt, bytes of UTF-8 (default: %(default)s)"
     parser.add_argument("--profile-bytes", type=int, default=400, help=profile_help)
+    val_help = "dialogues of the RL prompts that are kept apart, to choose settings on (default: %(default)s)"
+    parser.add_argument("--val", type=int, default=0, help=val_help)
     args = parser.parse_args(argv)
+    if args.val < 0:
+        parser.error(f"argument --val: {args.val} is too small, it must be at least 0")
     try:
-        print(json.dumps(convert_mmrole(args.folder, args.out, args.profile_bytes), indent=1))
+        print(json.dumps(convert_mmrole(args.folder, args.out, args.profile_bytes, args.val), indent=1))
     except (DataError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 

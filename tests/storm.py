@@ -272,12 +272,15 @@ def equal(a, b):
     return a == b
 
 
+PLACE = {"config": None, "peak_gib": None}  # of a state: paths and memory
+
+
 def left_behind(out):
     """-> {what: value} of a finished run: all that must be the same whenever and wherever it was interrupted."""
     found = {}
     for name, newest in (("", checkpoint.latest(out)), ("best ", checkpoint.latest(out / checkpoint.BEST))):
         if newest:
-            found[f"{name}state.json"] = json.loads((newest / "state.json").read_text()) | {"config": None}
+            found[f"{name}state.json"] = json.loads((newest / "state.json").read_text()) | PLACE
             found[f"{name}weights"] = load_file(newest / "weights.safetensors")
     found["optimizer.pt"] = torch.load(checkpoint.latest(out) / "optimizer.pt", weights_only=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -100,9 +100,10 @@ def folders(out):
 
 # ------------------------------------------------------------------------------------------------ the held-out reward
 def test_the_held_out_reward_by_hand(run_of):
-    """The mean over the answers that were judged: 2/4, 6/4 and a failure; 1/4, 2/4, 6/4. Two prompts at a time."""
+    """The mean over the answers that were judged: 2/4, 6/4 and a failure; 1/4, 2/4, 6/4. Two answers at a
+    time, a group."""
     judge = planned((2.0, None, 6.0), (1.0, 2.0, 6.0))
-    rows = run_of(judge, "one", "--steps", "1")
+    rows = run_of(judge, "one", "--steps", "1", "--batch", "1")
     assert rows[0] == {"step": 0, "val_reward": 1.0, "val_failed": 1.0}
     assert rows[1]["step"] == 1 and rows[1]["val_reward"] == 0.75 and rows[1]["val_failed"] == 0 and "reward" in rows[1]
     assert judge.sizes == [2, 1, 2, 1]
@@ -137,7 +138,7 @@ def test_evaluations_differ_by_the_policy_alone(run_of, monkeypatch, actions):
             texts.extend(responses)
         return [{"Place": (4.0, 4.0)} for _ in responses]
 
-    run_of(equal, "one", "--steps", "2", "--beta", "0", "--actions", actions)
+    run_of(equal, "one", "--steps", "2", "--beta", "0", "--batch", "1", "--actions", actions)
     held_out = [rows for _, rows in noise if rows[0][0] == answers.HELD_OUT]
     assert held_out == [((answers.HELD_OUT, 0, 0), (answers.HELD_OUT, 1, 0)), ((answers.HELD_OUT, 2, 0),)] * 3
     assert len(noise) == len(held_out) + 2  # the rest are the two steps
@@ -309,8 +310,8 @@ common.run(stage4_latent_rl.main)
 
 
 def test_two_ranks_find_what_one_finds(on_disk, tmp_path):
-    """Seven prompts, two at a time: the last part is one prompt. Exactly the same before RL. Later up to rounding, as
-    the ranks' gradients are added in another order and one rank has four prompts at a time."""
+    """Seven prompts, four at a time: the last part has three. Exactly the same before RL. Later up to rounding, as the
+    ranks' gradients are added in another order and one rank has all prompts at a time."""
     (tmp_path / "ranked.py").write_text(RANKED)
     torchrun([f"{tmp_path}/ranked.py", *rl(on_disk, "--steps", "2", "--out", f"{tmp_path}/two")])
     stage4_latent_rl.main(rl(on_disk, "--steps", "2", "--batch", "4", "--out", f"{tmp_path}/four"))

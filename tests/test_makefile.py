@@ -1,4 +1,4 @@
-"""make demo and make real: both sides end together, whatever ends one of them. The stages are stood in for by a script
+"""make demo, real and smol: both sides end together, whatever ends one of them. The stages are stood in for by a script
 that only notes what happens to it."""
 
 import os
@@ -36,6 +36,9 @@ while not os.path.exists("{folder}/go on") and time.monotonic() < end:
 """
 
 
+DONE = (".venv/ready", ".venv/ready-real", ".venv/ready-smol", "runs/world/world.json")
+
+
 class Make:
     """`make TARGET` in a process group of its own, as from a terminal."""
 
@@ -43,7 +46,7 @@ class Make:
         self.folder, python = folder, folder / "python"
         python.write_text(STAND_IN.format(python=sys.executable, folder=folder))
         python.chmod(0o755)
-        done = [x for name in (".venv/ready", ".venv/ready-real", "runs/world/world.json") for x in ("-o", name)]
+        done = [x for name in DONE for x in ("-o", name)]
         command = ["make", "-s", *done, target, f"PY={python}", f"OUT={folder}", *more]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=pipe, stderr=pipe)
@@ -115,10 +118,71 @@ def test_when_the_baseline_fails_its_last_words_are_shown(make, tmp_path):
     assert not any("evaluate" in line for line in m.log())
 
 
-@pytest.mark.parametrize("target", ["real", "tables"])
+@pytest.mark.parametrize("target", ["real", "smol", "tables"])
 def test_a_folder_with_a_space_stays_one_word(make, tmp_path, target):
     (tmp_path / "go on").touch()
+    (tmp_path / "vlm").mkdir()
     m = make(target, "DATA=some where")
     m.process.communicate(timeout=60)
     judges = [line for line in m.log() if "a judge/model" in line]
     assert judges and all(f"|{tmp_path}/a judge/model" in line for line in judges)
+
+
+def calls(make):
+    """-> {(script or module, side): its flags} of a target that went through."""
+    found = {}
+    for line in make.log():
+        side, _, what = line.partition(": ")
+        if what[:1].isdigit():
+            words = what.split(" ", 1)[1].split("|")
+            found[side] = dict(zip(words[::2], words[1::2]))
+    return found
+
+
+def test_smol_gives_both_sides_the_same_to_do(make, tmp_path):
+    """One VLM everywhere; RL differs by side, start and learning rate, and by how much memory it may take."""
+    (tmp_path / "go on").touch()
+    (tmp_path / "vlm").mkdir()
+    m = make("smol", "DATA=x")
+    assert m.ended() == 0
+    said = calls(m)
+    stages = {f"stage{k} latent" for k in (1, 2, 3, 4)} | {"stage3 token", "stage4 token"}
+    assert stages <= set(said)
+    assert {said[s]["--vlm"] for s in stages} == {f"{tmp_path}/vlm"}
+    latent, token = said["stage4 latent"], said["stage4 token"]
+    assert latent["--val"].endswith("task_val.jsonl")
+    differ = {k for k in latent.keys() | token.keys() if latent.get(k) != token.get(k)}
+    assert differ <= {"--actions", "--init", "--out", "--lr", "--micro"}
+    assert {said[s]["--max-length"] for s in stages - {"stage4 latent", "stage4 token"}} == {"256"}
+
+
+def test_smol_needs_its_data(make, tmp_path):
+    m = make("smol")
+    said, _ = m.process.communicate(timeout=60)
+    assert m.process.returncode != 0 and b"make smol DATA=<folder>" in said
+    assert not any("convert" in line or "stage" in line for line in m.log())
+
+
+def test_smol_evaluates_again_only_what_is_newer(make, tmp_path):
+    """The stand-in writes no checkpoints: they are put there, a minute older or newer than the results."""
+    (tmp_path / "go on").touch()
+    (tmp_path / "vlm").mkdir()
+    run, results = tmp_path / "rl_latent" / "ckpt-000002", tmp_path / "results.json"
+    run.mkdir(parents=True)
+    counts = []
+    for age in (60, -60):
+        results.touch()
+        os.utime(run, (results.stat().st_mtime - age,) * 2)
+        m = make("smol", "DATA=x")
+        assert m.ended() == 0
+        counts.append(sum(line.startswith("evaluate") for line in m.log()))
+    assert counts == [0, 1]
+
+
+def test_a_checkpoint_that_was_not_assembled_is_not_used(make, tmp_path):
+    """The stand-in ends as if all were well, but leaves no folder: no stage begins."""
+    (tmp_path / "go on").touch()
+    m = make("smol", "DATA=x")
+    assert m.ended() != 0
+    assert any("smol.make_vlm" in line and f"{tmp_path}/vlm.new" in line for line in m.log())
+    assert not any(line.startswith("stage") for line in m.log())

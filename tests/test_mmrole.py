@@ -103,6 +103,29 @@ def test_both_layouts_are_split_by_whole_dialogues(layout, tmp_path, processor):
     assert with_image == sum(v["with image"] for v in counts.values())
 
 
+def test_a_validation_part_comes_from_the_prompts_alone(tmp_path):
+    """Its dialogues are in no other file; demonstrations and tests stay as they are without it, row for row."""
+    ready_mmrole(tmp_path)
+    convert_mmrole(tmp_path, tmp_path / "without")
+    counts = convert_mmrole(tmp_path, tmp_path / "out", val=3)
+    rows = {
+        name: {p.stem: p.read_text().splitlines() for p in (tmp_path / name).glob("*.jsonl")}
+        for name in ("without", "out")
+    }
+    assert "task_val" not in rows["without"] and counts["task_val"]["records"] == 6
+    for name in ("task_demos", "task_id", "task_ood"):
+        assert rows["out"][name] == rows["without"][name]
+    assert rows["out"]["task_prompts"] + rows["out"]["task_val"] == rows["without"]["task_prompts"]
+
+    def dialogues(*names):
+        return {json.loads(line)["messages"][-1]["content"].split()[-1] for n in names for line in rows["out"][n]}
+
+    assert len(dialogues("task_val")) == 3
+    assert not dialogues("task_val") & dialogues("paired", "text", "task_demos", "task_prompts", "task_id")
+    with pytest.raises(DataError, match="--val 8"):
+        convert_mmrole(tmp_path, tmp_path / "out", val=8)
+
+
 def test_records_by_hand(tmp_path):
     ready_mmrole(tmp_path)
     convert_mmrole(tmp_path, tmp_path / "out")
