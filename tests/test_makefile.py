@@ -143,12 +143,13 @@ def test_smol_gives_both_sides_the_same_to_do(make, tmp_path):
     """One VLM everywhere; RL differs by side, start and learning rate, and by how much memory it may take."""
     (tmp_path / "go on").touch()
     (tmp_path / "vlm").mkdir()
-    m = make("smol", "DATA=x")
+    m = make("smol", "DATA=x", "DTYPE=bfloat16")
     assert m.ended() == 0
     said = calls(m)
     stages = {f"stage{k} latent" for k in (1, 2, 3, 4)} | {"stage3 token", "stage4 token"}
     assert stages <= set(said)
     assert {said[s]["--vlm"] for s in stages} == {f"{tmp_path}/vlm"}
+    assert {said[s]["--dtype"] for s in stages} == {"bfloat16"}
     latent, token = said["stage4 latent"], said["stage4 token"]
     assert latent["--val"].endswith("task_val.jsonl")
     differ = {k for k in latent.keys() | token.keys() if latent.get(k) != token.get(k)}
@@ -173,7 +174,7 @@ def test_smol_evaluates_again_only_what_is_newer(make, tmp_path):
     for age in (60, -60):
         results.touch()
         os.utime(run, (results.stat().st_mtime - age,) * 2)
-        m = make("smol", "DATA=x")
+        m = make("smol", "DATA=x", "DTYPE=bfloat16")
         assert m.ended() == 0
         counts.append(sum(line.startswith("evaluate") for line in m.log()))
     assert counts == [0, 1]
@@ -182,7 +183,7 @@ def test_smol_evaluates_again_only_what_is_newer(make, tmp_path):
 def test_a_checkpoint_that_was_not_assembled_is_not_used(make, tmp_path):
     """The stand-in ends as if all were well, but leaves no folder: no stage begins."""
     (tmp_path / "go on").touch()
-    m = make("smol", "DATA=x")
+    m = make("smol", "DATA=x", "DTYPE=bfloat16")
     assert m.ended() != 0
     assert any("smol.make_vlm" in line and f"{tmp_path}/vlm.new" in line for line in m.log())
     assert not any(line.startswith("stage") for line in m.log())
