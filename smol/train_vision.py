@@ -37,7 +37,7 @@ from smol.drawings import load
 from vlm import VLM, next_token_loss
 
 PARTS = ("seen", "picture", "name")  # drawings trained on; held-out drawings of seen names; held-out names
-CHAT = 0.25  # share of dialogues; the rest are captions
+CHAT = 0.2  # share of dialogues; the rest are captions
 MOSAICS = 0.7  # of phase naming: share of pictures that are four small ones
 GROUND = 0.2  # weight of a token that shows background, against 1 of one that shows a thing
 KEPT = 4  # drawings of one name in one style, at most
@@ -109,7 +109,7 @@ class Data:
         captions, dialogues = [], []
         for k, ((scene, _, _), pixels, grids) in enumerate(zip(made, *self.pixels([image for _, image, _ in made]))):
             if k < CHAT * size:
-                dialogues.append(self.chat(scenes.dialogue(scene, rng), pixels, grids))
+                dialogues.append(self.chat(scenes.dialogue(scene, rng, 1), pixels, grids))
             else:
                 captions.append(self.caption(scenes.caption(scene, rng), pixels, grids))
         return [self.processor.collate(examples) for examples in (captions, dialogues)]
@@ -397,11 +397,11 @@ def main(argv=None):
     add("--teacher", type=Path, help="file of smol.teacher; without it the names alone teach")
     add("--teacher-weight", default=5.0, type=float, help="weight of the likeness to the teacher's vectors")
     add("--out", default="runs/smol/tower", type=Path, help="file to write, without its ending")
-    add("--naming", default=4500, type=int, help="steps of phase naming")
-    add("--captions", default=900, type=int, help="steps of phase captions")
+    add("--naming", default=4000, type=int, help="steps of phase naming")
+    add("--captions", default=1000, type=int, help="steps of phase captions")
     add("--minutes", default=1e9, type=float, help="stop after so many minutes of training")
     add("--batch-naming", default=48, type=int, help="scenes a step of phase naming")
-    add("--batch", default=32, type=int, help="scenes a step of phase captions")
+    add("--batch", default=16, type=int, help="scenes a step of phase captions")
     add("--lr", default=2e-3, type=float, help="peak learning rate of phase naming; captions: a quarter")
     add("--save-every", default=200, type=int, help="steps between checkpoints")
     add("--seed", default=0, type=int, help="seed of the scenes")
