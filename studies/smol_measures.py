@@ -12,7 +12,6 @@ from data import DataError, Processor
 from log import read_metrics
 from model import projector_loss
 from studies.smol_run import FOLDERS, nats, states
-from vlm import head_logits
 
 ABLATIONS = {
     "full": "stage2",
@@ -190,8 +189,6 @@ def meanings(run, most=10, shown=8):
 
 def mean_log_p(run, y_MD, rows=64):
     """-> (V,): log p of every token, the mean over contexts."""
-    parts = (
-        F.log_softmax(head_logits(y_MD[i : i + rows], run.vlm.head.weight), -1).sum(0)
-        for i in range(0, len(y_MD), rows)
-    )
+    logits_of = run.vlm.scorer()
+    parts = (F.log_softmax(logits_of(y_MD[i : i + rows]), -1).sum(0) for i in range(0, len(y_MD), rows))
     return sum(parts) / len(y_MD)
