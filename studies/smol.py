@@ -43,7 +43,7 @@ class Config(Everywhere):
     judge: str = option("rules", "as for evaluate.py")
     parts: str = option("", "only these parts, with commas between them; '': all")
     rows: int = option(24, "records of each test that the models answer here", least=2)
-    contexts: int = option(200, "contexts over which the meaning of a code is averaged", least=1)
+    contexts: int = option(200, "contexts over which what a code does is averaged", least=1)
     batch: int = option(12, "rows of a forward pass", least=1)
     seed: int = option(2000, "seed of sampling")
 
