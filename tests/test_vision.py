@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, close
+from helpers import ROOT, TINY, close
 from safetensors.torch import load_file
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from smol import scenes, train_vision
+from smol import make_vlm, scenes, train_vision
 from smol.drawings import Drawings, with_view_box
 from smol.scenes import Scene, Thing, ask, caption, dialogue, draw_mosaic, draw_scene, phrases, plural, seeded
+from smol.teacher import whiten
 
 NAMES = ["cat", "apple", "bus", "grapes", "tree", "house", "fish", "boat"]
 
@@ -124,6 +127,39 @@ def test_the_naming_loss_by_hand():
     assert right == 1  # of the things alone
     longer, _ = train_vision.Names.loss(names, torch.tensor([[2.0, 0, 5], [2.0, 0, 5]]), cells[:2], torch.tensor(2.0))
     close(longer - loss, torch.tensor(0.1 * math.log(2) ** 2), 1e-5)
+
+
+def test_the_teachers_loss_by_hand(tmp_path):
+    """Of the tokens that show a drawing: one along its vector, one at right angles to it."""
+    vectors = np.array([[1, 0], [0.6, 0.8]], np.float16)
+    np.savez(tmp_path / "teacher.npz", vectors=vectors)
+    teacher = train_vision.Teacher(tmp_path / "teacher.npz", 2)
+    with torch.no_grad():
+        teacher.linear.weight.copy_(torch.eye(2))
+        teacher.linear.bias.zero_()
+    y_TD = torch.tensor([[0.0, 9.0], [3.0, 4.0], [0.0, 2.0], [1.0, 1.0]])
+    cells = [None, Thing("bus", 1), Thing("cat", 0), Thing("red star")]
+    close(teacher.loss(y_TD, cells), torch.tensor((0 + 1) / 2), 1e-3)
+
+
+def test_whitened_features_have_the_same_variance_everywhere():
+    g = torch.Generator().manual_seed(0)
+    x_NC = torch.randn(500, 6, generator=g) * torch.tensor([100.0, 10, 1, 1, 0.1, 0.1]) + 7
+    y_NK = whiten(x_NC, 4)
+    close(y_NK.norm(dim=-1), torch.ones(500), 1e-5)
+    close(y_NK.std(0), torch.full((4,), 0.5), 0.03)  # rows of length 1 over 4 numbers
+
+
+# ----------------------------------------------------------------------------------------------- the shipped tower
+def test_the_shipped_tower_fits_the_assembled_model():
+    file = ROOT / "smol" / "vision.safetensors"
+    assert file.stat().st_size < 15e6
+    found = load_file(file)
+    config = Qwen2_5_VLVisionConfig(**make_vlm.TOWER, out_hidden_size=576)
+    with torch.device("meta"):
+        tower = Qwen2_5_VisionTransformerPretrainedModel(config)
+    assert {n: t.shape for n, t in found.items()} == {n: p.shape for n, p in tower.state_dict().items()}
+    assert all(t.dtype == torch.bfloat16 and t.isfinite().all() and t.float().std() > 0 for t in found.values())
 
 
 # ------------------------------------------------------------------------------------------------------- training
