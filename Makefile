@@ -30,13 +30,16 @@ setup: .venv/ready
 .venv/ready-vision: .venv/ready-smol requirements-vision.txt
 	.venv/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-vision.txt
 	touch $@
+.venv/ready-judge: .venv/ready requirements-judge.txt
+	.venv/bin/pip install -q --disable-pip-version-check -r requirements-judge.txt
+	touch $@
 
-test: .venv/ready
+test: .venv/ready-judge
 	.venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet . || \
 	  { echo "error: the code is not in form; see it with .venv/bin/ruff check ."; exit 1; }
 	$(PY) -m pytest -q tests
 
-test-all: .venv/ready
+test-all: .venv/ready-judge
 	$(PY) -m pytest -q -m "" tests
 
 bench: .venv/ready

@@ -11,7 +11,8 @@ import torch
 import checkpoint
 import common
 from data import uniforms
-from rewards import check_reference, reward
+from judge_http import over_ranks, spent
+from rewards import check_reference, foresee, reward
 from rollout import decode, rollout
 
 HELD_OUT = 2**32 - 1  # in the noise of held-out answers, in the place of the step: no run has so many
@@ -32,18 +33,26 @@ class Answers:
     """Responses to the prompts of a step, and their rewards.
 
     advantages: (B, G) rewards -> (B, G). group: responses to a prompt, by default those of RL. `seconds` says how long
-    the last step's rollouts and judgements took."""
+    the last step's rollouts and judgements took, `spent` what a judge that keeps count has spent on it."""
 
     def __init__(self, agent, processor, prompts, judge, advantages=None, group=None):
         self.agent, self.processor, self.prompts, self.judge = agent, processor, prompts, judge
         self.advantages, self.group = advantages, group or agent.cfg.group
-        self.seconds = {"s_rollout": 0.0, "s_judge": 0.0}
+        self.seconds, self.spent = {"s_rollout": 0.0, "s_judge": 0.0}, {}
         cfg, never = agent.cfg, agent.never
         self.settings = {"group": self.group, "temperature": cfg.temperature, "top_k": cfg.top_k, "never": never}
         self.settings |= {"eos": processor.eos_id, "pad": processor.pad_id}
 
     def draw(self, step, rows, *again):
-        """Answer the prompts `rows` once -> (Rollout, texts, rewards (B, G)).
+        """Answer the prompts `rows` once -> (Rollout, texts, rewards (B, G))."""
+        roll, records, texts = self.say(step, rows, *again)
+        rolled = time.perf_counter()
+        r_BG = torch.from_numpy(reward(self.judge, records, texts)).to(self.agent.place.device)
+        self.seconds["s_judge"] += time.perf_counter() - rolled
+        return roll, texts, r_BG
+
+    def say(self, step, rows, *again):
+        """-> (Rollout, records, texts). A judge that works on its own is asked about a response soon after its end.
 
         The noise of a response depends on the seed, the step, its prompt and its place in the group; `again`: and on
         which extra draw this is."""
@@ -53,15 +62,18 @@ class Answers:
         examples = [self.processor.example(r, prompt_only=True) for r in records]
         prompt = self.processor.collate(examples, left=True).to(place.device)
         noise = [(step, i, g, *again) for i in rows for g in range(self.group)]
+
+        def ended(n, tokens):
+            foresee(self.judge, [records[n // self.group]], [self.processor.tokenizer.decode(tokens)])
+
+        early = {"ended": ended} if hasattr(self.judge, "foresee") else {}
         with place.autocast():
             u_NT = uniforms(cfg.seed, noise, cfg.max_new).to(place.device)
-            roll = rollout(self.agent.vlm, self.agent.latent, prompt, u_NT, **self.settings)
+            roll = rollout(self.agent.vlm, self.agent.latent, prompt, u_NT, **self.settings, **early)
         texts = decode(self.processor.tokenizer, roll, self.processor.eos_id)
-        rolled = time.perf_counter()
-        r_BG = torch.from_numpy(reward(self.judge, records, texts)).to(place.device)
-        self.seconds["s_rollout"] += rolled - began
-        self.seconds["s_judge"] += time.perf_counter() - rolled
-        return roll, texts, r_BG
+        foresee(self.judge, [record for record in records for _ in range(self.group)], texts)
+        self.seconds["s_rollout"] += time.perf_counter() - began
+        return roll, records, texts
 
     def collect(self, step, rows):
         """-> (Rollout, texts, rewards (B, G), advantages (B, G), number of groups that were drawn again).
@@ -69,6 +81,7 @@ class Answers:
         Dynamic sampling: a group whose rewards are all equal teaches nothing. It is drawn again with fresh noise, up
         to cfg.resample times."""
         self.seconds, group, resampled = {"s_rollout": 0.0, "s_judge": 0.0}, self.group, 0
+        before = spent(self.judge)
         roll, texts, r_BG = self.draw(step, rows)
         for again in range(1, self.agent.cfg.resample + 1):
             at = equal_groups(self.advantages(r_BG)).nonzero()[:, 0].tolist()
@@ -80,6 +93,7 @@ class Answers:
             for n, text in zip(places, more_texts):
                 texts[n] = text
             resampled += len(at)
+        self.spent = over_ranks({name: n - before[name] for name, n in spent(self.judge).items()})
         return roll, texts, r_BG, self.advantages(r_BG), resampled
 
 
@@ -152,8 +166,10 @@ class HeldOut:
         cfg, place, n = self.agent.cfg, self.agent.place, len(self.prompts)
         size = cfg.batch * cfg.group
         sums = torch.zeros(3, dtype=torch.float64)
-        for first in range(place.rank * size, n, place.ranks * size):
-            r_B1 = self.answers.draw(HELD_OUT, range(first, min(first + size, n)))[2].double().cpu()
+        starts = range(place.rank * size, n, place.ranks * size)
+        said = [self.answers.say(HELD_OUT, range(first, min(first + size, n)))[1:] for first in starts]
+        for records, texts in said:  # a server has judged the first ones meanwhile
+            r_B1 = torch.from_numpy(reward(self.answers.judge, records, texts)).double()
             failed_B1 = torch.isnan(r_B1)
             sums += torch.stack([r_B1.nan_to_num().sum(), (~failed_B1).sum(), failed_B1.sum()])
         return common.total(sums)

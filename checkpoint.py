@@ -33,6 +33,8 @@ from data import DataError
 BEST = "best"
 # memory, time and place alone
 MAY_CHANGE = ("out", "save_every", "keep", "micro", "checkpointing", "timeout", "states", "states_gib")
+MAY_CHANGE += ("judge_key", "judge_parallel", "judge_timeout", "judge_retries", "judge_fail", "judge_cache")
+MAY_CHANGE += ("judge_price_in", "judge_price_out")
 
 
 def rank():
@@ -236,8 +238,10 @@ def resume(out, stage, config, may_grow=(), with_optimizer=True):
 
 
 def same(a, b):
-    """Equal values, or two spellings of one path."""
+    """Equal values, two spellings of one path, or two servers: a judge may move, --judge-model says who it is."""
     if a == b:
+        return True
+    if all(isinstance(x, str) and x.startswith(("http://", "https://")) and "," not in x for x in (a, b)):
         return True
     return isinstance(a, str) and isinstance(b, str) and bool(a) and bool(b) and Path(a).resolve() == Path(b).resolve()
 

@@ -53,8 +53,7 @@ def parse_config(cls, doc, argv=None):
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    everywhere = {f.name for f in dataclasses.fields(Everywhere)}
-    fields = sorted(dataclasses.fields(cls), key=lambda f: f.name in everywhere)  # the method's settings first
+    fields = sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)  # the script's own first
     paper = {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
     if paper:
         text = "paper: every field below with a paper value takes it"
@@ -110,9 +109,9 @@ class Place:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def setup(cfg, backend=None):
+def setup(cfg, backend=None, patience=0):
     """-> Place. Seeds the initial weights, equal on every rank. backend: of the ranks' process group under torchrun, by
-    default nccl on CUDA and gloo on a CPU.
+    default nccl on CUDA and gloo on a CPU. patience: seconds that a rank waits for the others beyond cfg.timeout.
 
     cfg.dtype 'auto' is bfloat16 on CUDA and float32 on a CPU."""
     rank, ranks = checkpoint.rank(), int(os.environ.get("WORLD_SIZE", 1))
@@ -122,7 +121,7 @@ def setup(cfg, backend=None):
         torch.cuda.set_device(device)
     if ranks > 1 and not dist.is_initialized():
         backend = backend or ("nccl" if cuda else "gloo")
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=cfg.timeout, seconds=patience))
     torch.manual_seed(cfg.seed % 2**63)  # torch takes no larger one
     auto = "bfloat16" if cuda else "float32"
     return Place(device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), rank, ranks)

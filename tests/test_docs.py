@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from judge_http import Judging
 from states import KeepsStates
 
 ROOT = Path(__file__).parent.parent
@@ -539,8 +540,9 @@ def test_commands_have_flags_that_exist(page):
             if file.exists() and "class Config" in (source := file.read_text()):
                 config = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Config")
                 known = {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)} | {"preset", "help"}
-                if config.bases and config.bases[0].id == "KeepsStates":
-                    known |= {f.name for f in fields(KeepsStates)}
+                for base in (KeepsStates, Judging):
+                    if config.bases and config.bases[0].id == base.__name__:
+                        known |= {f.name for f in fields(base)}
                 for flag in re.findall(r"--([a-z-]+)", flags):
                     assert flag.replace("-", "_") in known, f"{page}: {module} has no --{flag}"
 

@@ -59,7 +59,7 @@ def run_of(tmp_path, world, vlm, start, monkeypatch):
 
         judge.costly = True  # these judges count their calls, or fail by plan
         monkeypatch.setattr(common, "load_agent", agent)
-        monkeypatch.setattr(stage4_latent_rl, "load_judge", lambda _: judge)
+        monkeypatch.setattr(stage4_latent_rl, "load_judge", lambda *_: judge)
         places = ["--prompts", f"{world}/task_prompts.jsonl", "--out", f"{tmp_path}/{name}", "--allow-outside", "yes"]
         stage4_latent_rl.main([*SMALL, *places, *val, *flags])
         return rows_of(tmp_path / name)

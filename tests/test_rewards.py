@@ -4,6 +4,8 @@ Expected values are worked out by hand."""
 
 import importlib.util
 import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +226,33 @@ def test_a_reward_is_finite_or_a_failure():
     assert np.isnan(r[0]).tolist() == [True, True, False, False, True] and r[0, 2:4].tolist() == [2.0, 0.0]
     assert R.judgements(lambda records, responses: entries[1:3], [record()] * 2, ["w", "x"]) == [None, entries[2]]
     assert np.isnan(R.judge_ratio(entries[2]))  # a mean of ratios, one of them without a value
+
+
+# ------------------------------------------------------------------------------------------------------------- mixes
+@pytest.fixture
+def two(monkeypatch):
+    """A module with two judges: one has two dimensions, one fails on the second row."""
+    module = types.ModuleType("two")
+    module.a = lambda records, responses: [{"x": (8.0, 4.0), "y": (6.0, 2.0)}, {"x": (1.0, 1.0), "y": (1.0, 1.0)}]
+    module.b = lambda records, responses: [{"z": (2.0, 5.0)}, None]
+    monkeypatch.setitem(sys.modules, "two", module)
+
+
+def test_means_are_weighed_and_a_failure_stays_one(two):
+    # the means of a are 7 and 3: (3 * 7 + 2) / 4 = 5.75, (3 * 3 + 5) / 4 = 3.5
+    assert R.load_judge("two:a:3,two:b:1")([{}, {}], ["one", "two"]) == [{"Mix": (5.75, 3.5)}, None]
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("two:a,two:b:1", "end in a colon"),
+        ("two:a:1,two:c:1", "no function c"),
+        ("two:a:0,two:b:0", "not all 0"),
+        ("two:a:-1,two:b:2", "from 0 up"),
+        ("two:a:nan,two:b:2", "must be numbers"),
+    ],
+)
+def test_a_bad_mix_is_named(two, name, reason):
+    with pytest.raises(DataError, match=reason):
+        R.load_judge(name)

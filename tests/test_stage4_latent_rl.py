@@ -567,7 +567,7 @@ def run_of(tmp_path, world, vlm, trainee, monkeypatch):
     def run(judge, *flags):
         judge.costly = True  # the judges of these tests count their calls: they are not asked about the references
         monkeypatch.setattr(common, "load_agent", lambda *_: (vlm, trainee, {}))
-        monkeypatch.setattr(stage4_latent_rl, "load_judge", lambda name: judge)
+        monkeypatch.setattr(stage4_latent_rl, "load_judge", lambda *_: judge)
         small = ["--batch", "2", "--group", "2", "--max-new", "4", "--temperature", "2"]
         places = ["--vlm", TINY, "--prompts", f"{world}/task_prompts.jsonl", "--out", str(tmp_path), "--judge", "mine"]
         try:
