@@ -23,6 +23,7 @@ import pictures
 from records import DataError
 from records import Records as Records  # `data` is where everybody takes them from
 from records import scan as scan
+from shuffle import index_stream as index_stream
 
 
 # ----------------------------------------------------------------------------------------------------- examples
@@ -170,6 +171,8 @@ class Processor:
 
     def _encode(self, record, prompt_only, image_tokens, where):
         """-> ids (T,) int64, response (T,) bool. image_tokens: how many each image takes."""
+        if "ids" in record:  # packed text: it was looked at when it was packed
+            return record["ids"], np.ones(len(record["ids"]), dtype=bool)
         for text in [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]:
             if any(s in text for s in self.special):
                 raise DataError(f"{where}: the text holds a control token of the tokenizer; remove it")
@@ -337,19 +340,6 @@ def uniforms(seed, rows, length):
     return torch.stack([noise((seed, *row), length) for row in rows])
 
 
-def order(n, seed, epoch):
-    """The epoch's permutation of n rows; the same on every rank."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def index_stream(n, seed, start=0):
-    """Row numbers forever, a fresh permutation each epoch, from the start-th draw on (to resume)."""
-    epoch, k = divmod(start, n)
-    while True:
-        yield from order(n, seed, epoch)[k:]
-        epoch, k = epoch + 1, 0
-
-
 def index_batches(records, size, seed, start=0, window=16):
     """Row numbers forever, `size` at a time of about the same length, so that a batch has little padding.
 
@@ -359,7 +349,7 @@ def index_batches(records, size, seed, start=0, window=16):
     stream = index_stream(len(records), seed, first * window * size)
     for k in itertools.count(first):
         drawn = np.array([next(stream) for _ in range(window * size)])
-        drawn = drawn[np.argsort(records.sizes[drawn], kind="stable")].reshape(window, size)
+        drawn = drawn[np.argsort(records.sizes_of(drawn), kind="stable")].reshape(window, size)
         yield from np.random.default_rng([seed, k, 1]).permutation(drawn).flatten()[skip:]
         skip = 0
 
@@ -375,18 +365,18 @@ def batches(records, processor, size, seed, start=0, rank=0, world=1, refused=No
     picked, draws = [], []
     for n, i in enumerate(index_batches(records, size * world, seed, start), start):
         if n % world == rank:
-            picked.append(usable(records, processor, int(i), refused))
             draws.append((seed, kind, n))
+            picked.append(usable(records, processor, int(i), refused, draws[-1]))
         if len(picked) == size:
             yield processor.collate(picked, draws=draws)
             picked, draws = [], []
 
 
-def usable(records, processor, i, refused):
-    """The Example of row i, or of the first row after it that can be used."""
+def usable(records, processor, i, refused, draw):
+    """The Example of row i, or of the first row after it that can be used. draw: see Shards.drawn."""
     for k in range(len(records)):
         try:
-            return processor.example(records[(i + k) % len(records)])
+            return processor.example(records.drawn((i + k) % len(records), draw))
         except DataError as e:
             if refused is None:
                 raise

@@ -1,8 +1,9 @@
-"""Evaluation: the judge's ratio on a task's two tests, the diversity of rollouts, and how the codebook is used.
+"""Evaluation: the judge's ratio on a task's tests, the diversity of rollouts, and how the codebook is used.
 
 Task a is role play: its tests are ID (roles as in training) and OOD (held-out roles). Task b is situated
-personalisation: its tests are LS1 and LS2 (held-out sets of roles). The table has one row for each model that is
-given: Prompt (the VLM as it is), SFT, BC latent (stage 3), and RL over tokens and over latent actions (stage 4).
+personalisation: its tests are LS1 and LS2 (held-out sets of roles). --tests NAME=file,NAME=file names any others, each
+a column of the table. The table has one row for each model that is given: Prompt (the VLM as it is), SFT, BC latent
+(stage 3), and RL over tokens and over latent actions (stage 4).
 
 Ratio: for each test prompt --samples responses are drawn at --temperature. A response counts as the judge's score of
 it over the judge's score of the reference, averaged over the dimensions. The table gives the mean over prompts and
@@ -70,6 +71,8 @@ class Config(Judging):
     vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
     data: str = option("runs/world", "folder with the task's tests and prompts, paired and text (.jsonl or .json)")
     task: str = option("a", "which task's tests, or its validation set", choices=tuple(TESTS))
+    tests: str = option("", "any tests in place of the task's: NAME=file,NAME=file")
+    prompts: str = option("", "RL prompts for the diversity; '': those of the task, or of the last of --tests")
     prompt: str = option("yes", "whether the VLM as it is has a row, too", choices=("yes", "no"))
     sft: str = option("", "finished run of stage 3 with --actions token")
     bc: str = option("", "finished run of stage 3")
@@ -93,8 +96,35 @@ class Config(Judging):
 # ------------------------------------------------------------------------------------------------ data and models
 def records_of(cfg, name, limit):
     """-> at most `limit` records of NAME.jsonl or NAME.json, whichever is there."""
+    return common.open_records(file_of(cfg, name), cfg, limit)
+
+
+def file_of(cfg, name):
     path = Path(cfg.data) / f"{name}.json"
-    return common.open_records(path if path.is_file() else path.with_suffix(".jsonl"), cfg, limit)
+    return path if path.is_file() else path.with_suffix(".jsonl")
+
+
+TAKEN = {"prompts", "paired", "text", "run", "diversity"}  # what else stands beside tests in a row and among files
+
+
+def tests_of(cfg):
+    """-> {test: its file}: those of --tests, else the task's. DataError names a part of --tests that is none."""
+    if not cfg.tests:
+        return {test: file_of(cfg, name) for test, name in TESTS[cfg.task].items()}
+    found = {}
+    for part in cfg.tests.split(","):
+        name, _, file = map(str.strip, part.partition("="))
+        if not re.fullmatch(r"[\w. -]+", name) or not file or name in found or name in TAKEN:
+            raise DataError(f"--tests: '{part}' must be NAME=file, each name once and none of {sorted(TAKEN)}")
+        found[name] = Path(file)
+    return found
+
+
+def prompts_of(cfg):
+    """-> the file of the prompts for the diversity."""
+    if cfg.prompts or cfg.tests:
+        return Path(cfg.prompts) if cfg.prompts else list(tests_of(cfg).values())[-1]
+    return file_of(cfg, "task_b_prompts" if cfg.task.startswith("b") else "task_prompts")
 
 
 def all_of(records):
@@ -254,7 +284,7 @@ def code_usage(cfg, processor, place, files, said):
     a_M = torch.tensor([code for samples in said for response in samples for code in response.codes])
     ids_M = torch.tensor([token for samples in said for response in samples for token in response.tokens])
     policy = "policy after RL" if cfg.latent else "cloned policy"
-    usage[f"{policy}, {list(TESTS[cfg.task])[-1]} test"] = count.by_style(count(a_M, ids_M))
+    usage[f"{policy}, {list(tests_of(cfg))[-1]} test"] = count.by_style(count(a_M, ids_M))
     return usage, state["val"]
 
 
@@ -264,7 +294,7 @@ def draw(cfg, speaker, model, files, judge):
 
     judge: of rank 0, else None. One that works on its own judges a test while the next one is drawn."""
     drawn = {}
-    for salt, test in enumerate(TESTS[cfg.task]):
+    for salt, test in enumerate(tests_of(cfg)):
         drawn[test] = speaker(model, files[test], cfg.samples, cfg.temperature, salt)
         for sample in zip(*texts(drawn[test])):
             foresee(judge, files[test], sample)
@@ -274,7 +304,7 @@ def draw(cfg, speaker, model, files, judge):
 def numbers(cfg, judge, embed, files, drawn, run):
     """One row of the table, from what was drawn."""
     row = {"run": run or cfg.vlm}
-    for test in TESTS[cfg.task]:
+    for test in tests_of(cfg):
         lengths = [len(response.tokens) for samples in drawn[test] for response in samples]
         row[test] = score(judge, files[test], texts(drawn[test])) | {"length": float(np.mean(lengths))}
     row["diversity"] = float(np.mean([rollout_diversity(embed(group)) for group in texts(drawn["prompts"])]))
@@ -287,10 +317,9 @@ def load_data(cfg, processor, judge):
     """-> {test: records}, under 'prompts' those of the diversity, under 'paired' and 'text' those of --codebook.
 
     A bad row, and a reference that the judge cannot score, is named before the work begins."""
-    prompts = "task_b_prompts" if cfg.task.startswith("b") else "task_prompts"
-    files = {test: records_of(cfg, name, cfg.limit) for test, name in TESTS[cfg.task].items()}
+    files = {test: common.open_records(path, cfg, cfg.limit) for test, path in tests_of(cfg).items()}
     also = {name: partial(check_reference, judge) for name in files}
-    files["prompts"] = records_of(cfg, prompts, cfg.diversity_prompts)
+    files["prompts"] = common.open_records(prompts_of(cfg), cfg, cfg.diversity_prompts)
     found = {name: all_of(common.usable(f, processor, cfg, True, also.get(name))) for name, f in files.items()}
     for name in ("paired", "text") if cfg.codebook else ():
         found[name] = all_of(common.usable(records_of(cfg, name, 200), processor, cfg))
@@ -300,10 +329,10 @@ def load_data(cfg, processor, judge):
 def write(cfg, results, groups):
     """Files of --out but examples.md. groups: {row: responses for the diversity}"""
     out, rows = Path(cfg.out), results["rows"]
-    print(table(rows, TESTS[cfg.task]))
+    print(table(rows, tests_of(cfg)))
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "diversity.json").write_text(json.dumps(groups, indent=1))
-    (out / "table.md").write_text(table(rows, TESTS[cfg.task]) + "\n")
+    (out / "table.md").write_text(table(rows, tests_of(cfg)) + "\n")
     curves = {name: row["run"] for name, row in rows.items() if "reward_end" in row}
     if curves:
         plots.draw_curves(curves, out / "curves.png")
@@ -317,12 +346,12 @@ def write_examples(cfg, processor, records, answers, name, said):
     if said:
         firsts = [samples[0] for samples in said[: len(shown)]]
         latent = name, [plots.spoken(processor.tokenizer, r.tokens, r.codes, processor.eos_id) for r in firsts]
-    plots.write_examples(Path(cfg.out), list(TESTS[cfg.task])[-1], shown, answers, latent)
+    plots.write_examples(Path(cfg.out), list(tests_of(cfg))[-1], shown, answers, latent)
 
 
 def main(argv=None):
     cfg = common.parse_config(Config, __doc__, argv)
-    rows = cfg.limit * cfg.samples * len(TESTS[cfg.task])
+    rows = cfg.limit * cfg.samples * len(tests_of(cfg))
     place = common.setup(cfg, "gloo", patience(cfg, rows))  # the ranks exchange responses alone
     if cfg.codebook and not cfg.bc:
         raise DataError("--codebook: needs --bc as well, whose policy and codes are plotted")
@@ -335,7 +364,7 @@ def main(argv=None):
         embed = ngram_embed if cfg.embedder == "ngrams" else EmbeddingJudge(cfg.embedder).embed
         files = load_data(cfg, processor, judge)
     files = gather(files)[0]
-    speaker, last = Speaker(cfg, processor, place), list(TESTS[cfg.task])[-1]
+    speaker, last = Speaker(cfg, processor, place), list(tests_of(cfg))[-1]
 
     rows, answers, groups, latent_name, latent_said = {}, {}, {}, None, []
     for name, (actions, run) in wanted.items():
@@ -347,7 +376,7 @@ def main(argv=None):
         answers[name], groups[name] = [samples[0].text for samples in drawn[last]], texts(drawn["prompts"])
         if actions == "latent":
             latent_name, latent_said = name, drawn[last]
-        ratios = ", ".join(f"{test} {row[test]['ratio']:.3f}" for test in TESTS[cfg.task])
+        ratios = ", ".join(f"{test} {row[test]['ratio']:.3f}" for test in tests_of(cfg))
         common.say(f"{name}: {ratios}, diversity {row['diversity']:.3f} ({time.time() - began:.0f} s)")
     if not rank0:
         return

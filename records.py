@@ -1,9 +1,9 @@
 """Files of records: a row -> a record, or DataError with the reason. docs/data.md has the rules in words.
 
 Files are JSON Lines or JSON arrays. A record is a dict {"id", "images": [paths], "messages": [{"role", "content"}]}.
-Text-only records have no images. A row may be {"text": ...} instead, or LLaVA-style
-{"image", "conversations": [{"from", "value"}]}. `<image>` in a message marks an image's place. Other fields ("facts" of
-the tiny world, "character" of MMRole) are kept for the judge."""
+Text-only records have no images. A row may be {"text": ...} instead, an image with its {"caption": ...}, or LLaVA- and
+ShareGPT-style {"image", "system", "conversations": [{"from", "value"}]}. `<image>` in a message marks an image's place.
+Other fields ("facts" of the tiny world, "character" of MMRole) are kept for the judge."""
 
 import copy
 import json
@@ -17,6 +17,8 @@ import numpy as np
 ROW_BYTES = 2**20  # longest row of a file; a stage reads a few thousand tokens of it at most
 DEPTH = 20  # objects and arrays inside each other
 OWN_FIELDS = ("id", "text", "messages", "conversations", "image", "images")  # the others are the judge's
+DESCRIBE = "Describe the image."  # the question to a caption
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # in 'conversations'; others keep their name
 
 
 class DataError(ValueError):
@@ -86,7 +88,9 @@ def normalise(row, where):
         return record
     conversations = record.pop("conversations", None)
     if isinstance(conversations, list):
-        record["messages"] = [_llava_message(turn) for turn in conversations]
+        record["messages"] = [*_system(record), *map(_llava_message, conversations)]
+    if "messages" not in record and isinstance(record.get("caption"), str):
+        record["messages"] = _caption(record.pop("caption"), images, where)
     _check_messages(record.get("messages"), where)
     messages = [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
     record["messages"] = _with_image_marks(messages, len(images), where)
@@ -104,18 +108,30 @@ def _check_plain_text(record, where):
         raise DataError(f"{where}: a 'text' row cannot have an image; write it as 'messages'")
 
 
+def _caption(text, images, where):
+    """An image's caption as a dialogue."""
+    if not images:
+        raise DataError(f"{where}: a caption without an image; give its path as 'image'")
+    return [{"role": "user", "content": DESCRIBE}, {"role": "assistant", "content": text.replace("<image>", "")}]
+
+
+def _system(record):
+    """The system message of a ShareGPT-style row, which some keep in a field of its own -> [message] or []."""
+    text = record.pop("system", None)
+    return [] if _is_empty(text) else [{"role": "system", "content": text}]
+
+
 def _llava_message(turn):
     """A turn of 'conversations' as a message. The role '?' makes _check_messages refuse what is no turn."""
     if not isinstance(turn, dict):
         return {"role": "?", "content": turn}
     who = str(turn.get("from") or turn.get("role"))
-    role = {"human": "user", "gpt": "assistant"}.get(who, who)
-    return {"role": role, "content": turn.get("value", turn.get("content"))}
+    return {"role": ROLES.get(who, who), "content": turn.get("value", turn.get("content"))}
 
 
 def _check_messages(messages, where):
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: no messages; a record needs 'messages', 'conversations' or 'text'")
+        raise DataError(f"{where}: no messages; a record needs 'messages', 'conversations', 'text' or 'caption'")
     for m in messages:
         role = m.get("role") if isinstance(m, dict) else None
         if role not in ["system", "user", "assistant"] or not isinstance(m.get("content"), str):
@@ -222,6 +238,14 @@ class Records:
 
     def __len__(self):
         return len(self.sizes)
+
+    def sizes_of(self, rows):
+        """-> the sizes of these rows, an array of row numbers: what `index_batches` sorts by."""
+        return self.sizes[rows]
+
+    def drawn(self, i, draw):
+        """-> row i. Nothing in it is drawn, as in packed text (shards.py)."""
+        return self[i]
 
     def __getitem__(self, i):
         n = self.numbers[i]

@@ -24,7 +24,6 @@ with paired data. A code's use is counted over --window steps without Gumbel noi
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -33,6 +32,7 @@ import common
 from common import option
 from data import DataError, Processor, batches
 from model import inverse_loss, projector_loss
+from shards import open_text
 from states import KeepsStates, reader
 from vlm import VLM, next_token_loss
 
@@ -41,7 +41,7 @@ from vlm import VLM, next_token_loss
 class Config(KeepsStates):
     vlm: str = option("tiny/vlm", "folder or hub name of the frozen vision-language model")
     paired: str = option("runs/world/paired.jsonl", "image-text records")
-    text: str = option("runs/world/text.jsonl", "text-only records")
+    text: str = option("runs/world/text.jsonl", "text-only records, or a folder of packed text")
     projector: str = option("runs/stage1", "finished run of stage 1")
     out: str = option("runs/stage2", "folder of this run")
     codes: int = option(128, "size of the codebook", least=1, paper=128)
@@ -183,7 +183,7 @@ class Run:
         self.cfg, self.guard, self.place = cfg, guard, place
         projector, before = checkpoint.load(cfg.projector, "--projector", ["stage1_projector"], cfg.vlm)
         self.processor = Processor(cfg.vlm, cfg.max_length, cfg.max_pixels, cfg.loss_on, cfg.max_decode)
-        files = {"paired": common.open_records(cfg.paired, cfg), "text": common.open_records(cfg.text, cfg)}
+        files = {"paired": common.open_records(cfg.paired, cfg), "text": open_text(cfg.text, cfg, self.processor)}
         self.train, self.held_out = self.split(files)
         self.vlm = VLM(cfg.vlm, place.device, place.dtype)
         self.read = reader(self.vlm, cfg)
@@ -208,14 +208,13 @@ class Run:
         """-> (training rows, held-out rows) by kind: the last `val` rows are held out, and read before step 0."""
         cfg, train, held_out = self.cfg, {}, {}
         for kind, f in files.items():
-            rows = np.arange(len(f))
             if cfg.val >= len(f):
                 raise DataError(f"--val {cfg.val}: {f.path} has {len(f)} rows, so none would be left to learn from")
-            train[kind] = f.only(rows[: len(f) - cfg.val])
+            train[kind] = f.only(slice(0, len(f) - cfg.val))
             if cfg.val:
-                held_out[kind] = common.usable(f.only(rows[len(f) - cfg.val :]), self.processor, cfg)
+                held_out[kind] = common.usable(f.only(slice(len(f) - cfg.val, None)), self.processor, cfg)
         if cfg.text_rows:
-            train["text"] = train["text"].only(np.arange(min(cfg.text_rows, len(train["text"]))))
+            train["text"] = train["text"].only(slice(0, cfg.text_rows))
         return train, held_out
 
     def data(self):

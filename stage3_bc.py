@@ -29,6 +29,7 @@ import common
 from common import option
 from data import DataError, Processor, batches
 from model import inverse_loss
+from shards import open_text
 from states import KeepsStates, reader
 from vlm import VLM, next_token_loss
 
@@ -39,7 +40,7 @@ class Config(KeepsStates):
     vlm: str = option("tiny/vlm", "folder or hub name of the vision-language model")
     init: str = option("runs/stage2", "finished run of stage 2, or a finished clone (latent only)")
     paired: str = option("runs/world/paired.jsonl", "image-text records for cloning")
-    text: str = option("runs/world/text.jsonl", "text-only records for cloning")
+    text: str = option("runs/world/text.jsonl", "text-only records for cloning, or a folder of packed text")
     demos: str = option("runs/world/task_demos.jsonl", "the task's demonstrations")
     out: str = option("runs/stage3", "folder of this run")
     steps_clone: int = option(300, "cloning (latent only); paper: 300,000 texts, once, at 16 a step", paper=18750)
@@ -133,7 +134,7 @@ class Run:
         if self.clones:
             self.files["paired"] = common.open_records(cfg.paired, cfg)
         if self.clones and before["config"]["without"] != "text":
-            self.files["text"] = common.open_records(cfg.text, cfg, before["config"]["text_rows"] or None)
+            self.files["text"] = open_text(cfg.text, cfg, self.processor, before["config"]["text_rows"] or None)
         self.steps = cfg.steps_adapt + (cfg.steps_clone if self.clones else 0)
         self.start, self.going_on = 0, None
         self.refused = {kind: common.Refused(cfg) for kind in self.files}

@@ -24,13 +24,12 @@ before anything is cut into records, write JSON Lines.
 
 import argparse
 import json
-import os
 import random
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.files import first_file, image_name, place_images, write_files
 from records import DataError, check_values, parse
 
 PROFILE_FIELDS = ("introduction", "personality", "catchphrase", "relationship", "experience")
@@ -97,21 +96,9 @@ def read_dialogue(row, folder, profiles, profile_bytes):
         raise DataError("no profile of the character")
     if "<image>" in character + short_profile(profile, profile_bytes):  # would mark an image that is not there
         raise DataError("an <image> mark in the name or profile")
-    image = _image_name(row)
-    found = [p for p in (folder / "images" / image, folder / image) if os.path.isfile(p)]  # False for names too long
-    source = str(found[0]) if found else ""
+    image = image_name(row.get("image") or row.get("image_path") or "")
+    source = first_file(folder / "images" / image, folder / image)
     return Dialogue(str(row.get("id")), image, source, character, short_profile(profile, profile_bytes), turns)
-
-
-def _image_name(row):
-    """-> the image of a row, as a path below the folder; empty without one."""
-    name = row.get("image") or row.get("image_path") or ""
-    if not isinstance(name, str):
-        raise DataError("the image is no path")
-    name = os.path.normpath(name) if name else ""
-    if os.path.isabs(name) or name.split(os.sep)[0] == "..":
-        raise DataError("the image lies outside the folder")
-    return name
 
 
 def _spoken(row):
@@ -216,20 +203,6 @@ def _record(dialogue, name, messages):
     return {"id": name, "images": images, "character": who, "messages": [system, *messages]}
 
 
-def place_images(dialogues, out):
-    """Link or copy the images of Dialogues into out/images, where their records look for them."""
-    for image, source in {d.image: d.source for d in dialogues if d.source}.items():
-        target = out / "images" / image
-        if target.exists() and os.path.samefile(source, target):
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(os.path.realpath(source), target)
-        except OSError:  # another disk, or one without hard links
-            shutil.copyfile(source, target)
-
-
 def convert_mmrole(folder, out, profile_bytes=400, val=0):
     """Write the files that stand at the top of this file under `out`. -> what counts.json has.
 
@@ -249,14 +222,8 @@ def convert_mmrole(folder, out, profile_bytes=400, val=0):
     parts |= {"task_val": held_out} if val else {}
     files |= {name: [record for d in part for record in answers(d)] for name, part in parts.items()}
     out.mkdir(parents=True, exist_ok=True)
-    place_images(usable["id"] + usable["ood"], out)
-    counts = {"refused": refused}
-    for name, records in files.items():
-        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
-        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        counts[name] = {"records": len(records), "with image": sum(bool(r["images"]) for r in records)}
-    (out / "counts.json").write_text(json.dumps(counts, indent=1))
-    return counts
+    place_images({d.image: d.source for part in usable.values() for d in part if d.source}, out)
+    return write_files(files, refused, out)
 
 
 def main(argv=None):

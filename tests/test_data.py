@@ -416,6 +416,81 @@ def test_a_dialogue_of_very_many_turns_costs_no_more_than_its_first_tokens(proce
         del processor._render
 
 
+# -------------------------------------------------------------------------------------- rows of public data sets
+def test_rows_as_users_of_public_data_sets_have_them(processor, folder):
+    """LLaVA-Pretrain, LLaVA-NeXT, CC12M, ShareGPT and its relatives, SlimPajama: field for field."""
+    question, answer = {"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A square."}
+    marked = {"from": "human", "value": "Render a clear summary.\n<image>"}
+    both = say("What is it?", "A square.")
+    rows = [
+        {"id": "004539375", "image": "a.png", "conversations": [marked, answer]},
+        {"id": "t1", "image": "a.png", "data_source": "sharegpt4v", "conversations": [question, answer]},
+        {"image": "a.png", "caption": "a square <PERSON> drew", "url": "http://x", "key": "000000000", "width": 84},
+        {"id": "QWJhYvA_0", "conversations": [question, answer]},
+        {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "user", "value": "Hi"}, answer]},
+        {"system": "Be kind.", "tools": "", "conversations": [question, {"from": "chatgpt", "value": "A square."}]},
+        {"text": "A page.", "meta": {"redpajama_set_name": "RedPajamaC4"}},
+    ]
+    records = Records(write(folder, *rows))
+    found = [records[i] for i in range(len(records))]
+    system = {"role": "system", "content": "Be kind."}
+    assert [r.get("messages") for r in found] == [
+        say("Render a clear summary.\n<image>", "A square."),
+        say("<image>What is it?", "A square."),
+        say("<image>Describe the image.", "a square <PERSON> drew"),
+        both,
+        [system, *say("Hi", "A square.")],
+        [system, *both],
+        None,
+    ]
+    assert found[2]["url"] == "http://x" and found[6]["text"] == "A page."
+    assert [len(r["images"]) for r in found] == [1, 1, 1, 0, 0, 0, 0]
+    assert scan(records, processor, decode=True).usable.tolist() == list(range(7))
+
+
+def test_each_fault_of_a_file_as_users_have_it_is_one_line_and_the_rows_around_it_are_used(processor, folder):
+    Image.effect_noise((84, 56), 50).convert("RGB").save(folder / "c.jpg")
+    (folder / "torn.jpg").write_bytes((folder / "c.jpg").read_bytes()[:-300])
+    good = json.dumps({"image": "c.jpg", **GOOD})
+    faults = {
+        '{"image": "gone.jpg", "caption": "x"}': "an image does not open",
+        '{"image": "torn.jpg", "caption": "x"}': "an image does not open",
+        '{"conversations": []}': "no messages",
+        '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "tool", "value": "x"}]}': "a message needs role",
+        '{"messages": [{"role": "user", "content': "not JSON",
+        '{"text": "caf\xe9"}': "not JSON",  # written in latin-1 below
+        json.dumps({"messages": say("word " * 600, "an answer that begins behind the limit")}): "no answer to learn",
+    }
+    lines = [line for fault in faults for line in (good, fault)] + [good]
+    (folder / "r.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    records = Records(folder / "r.jsonl")
+    found = scan(records, processor, decode=True)
+    assert found.usable.tolist() == list(range(0, 15, 2))
+    for row, why in zip(range(1, 15, 2), faults.values()):
+        assert f"r.jsonl, row {row + 1}: " in found.refused[row] and why in found.refused[row]
+        assert "\n" not in found.refused[row]
+        with pytest.raises(DataError, match=f"row {row + 1}: "):
+            scan(records, processor, decode=True, rows=[row], strict=True)
+    said = str(found).splitlines()
+    assert said[0].endswith("7 of 15 rows cannot be used") and len(said) == 5 and "other kinds" in said[4]
+    long = record(folder, {"messages": say("Hi", "word " * 600)})
+    assert len(processor.example(long).ids) == 400  # an answer that only ends behind the limit is cut there
+
+
+def test_captions_that_are_none(processor, folder):
+    rows = [
+        {"caption": "a square"},
+        {"image": "a.png", "caption": " "},
+        {"image": "a.png", "caption": 5},
+        {"image": "none.png", "caption": "a square"},
+        {"image": "a.png", "caption": "of the whole set", **GOOD},
+    ]
+    found = scan(Records(write(folder, *rows)), processor)
+    assert found.usable.tolist() == [4]  # where there are messages, a caption is a field like any other
+    for row, why in enumerate(("a caption without an image", "an answer is empty", "no messages", "does not open")):
+        assert why in found.refused[row]
+
+
 # ------------------------------------------------------------------------------------------------ files of records
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
 def test_a_byte_order_mark_and_windows_line_ends(folder, name):
@@ -539,7 +614,7 @@ def test_the_console_says_how_many_rows_and_why(processor, folder):
     assert str(found).splitlines() == [
         f"{path}: 9 of 39 rows cannot be used",
         "  row 31: 'text' must be a string, this is 5 (and 3 rows for such a reason)",
-        "  row 35: no messages; a record needs 'messages', 'conversations' or 'text'",
+        "  row 35: no messages; a record needs 'messages', 'conversations', 'text' or 'caption'",
         "  row 36: no assistant message; there is nothing to learn or to compare with (and 2 rows for such a reason)",
         "  other kinds of reasons: 1",
     ]

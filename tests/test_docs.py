@@ -421,6 +421,18 @@ def memory_texts():
     return [f"they agree within {TOLERANCE:.0%}"]
 
 
+def packed_texts():
+    """Sentences of docs/data.md about the reader of packed text and about packing."""
+    found = read("packed")
+    one, ten = found["reader"]["1"], found["reader"]["10"]
+    return [
+        f"adds {one['mib']:.1f} MiB to a process that reads 1 GB of packed text, and {ten['mib']:.1f} MiB to one that "
+        f"reads 10 GB ({ten['documents']:,} documents)",
+        f"takes {one['ms']:.2f} ms of the processor with 1 GB and {ten['ms']:.2f} ms with 10 GB",
+        f"One process packs {found['mb_per_cpu_second']:.1f} MB of text in a second of the processor",
+    ]
+
+
 def sentences():
     """{page: parts of sentences, with the numbers that they must have}"""
     compared, settings = choice_texts()
@@ -431,6 +443,7 @@ def sentences():
         "docs/cost.md": bench_texts(),
         "docs/mmrole.md": mmrole_texts(),
         "docs/gpu_node.md": memory_texts(),
+        "docs/data.md": packed_texts(),
     }
 
 

@@ -221,6 +221,42 @@ def test_the_other_task_and_a_judge_of_ones_own(runs, world, tmp_path, monkeypat
     assert [len(group) for group in drawn] == [2, 2]
 
 
+def test_any_named_tests_in_place_of_the_tasks(runs, world, tmp_path):
+    """A test of each task and a file of one's own, which has no prompts beside it."""
+    own = tmp_path / "own.json"
+    shutil.copytree(world / "images", tmp_path / "images")
+    own.write_text(json.dumps([json.loads(line) for line in (world / "task_val.jsonl").read_text().splitlines()[:3]]))
+    flags = ["--vlm", TINY, "--limit", "2", "--group", "2", "--max-new", "8", "--samples", "1", "--prompt", "no"]
+    flags += ["--data", f"{tmp_path}/none", "--latent", f"{runs}/rl", "--diversity-prompts", "3"]
+    tests = f"ID={world}/task_id.jsonl, LS2={world}/task_b_ls2.jsonl,my own={own}"
+    evaluate.main([*flags, "--tests", tests, "--out", f"{tmp_path}/x"])
+    row = json.loads((tmp_path / "x" / "results.json").read_text())["rows"]["GRPO latent"]
+    assert [len(row[test]["dimensions"]) for test in ("ID", "LS2", "my own")] == [8, 5, 8]  # task A has 8, B has 5
+    assert "| row | ID | LS2 | my own | diversity |" in (tmp_path / "x" / "table.md").read_text()
+    assert len(json.loads((tmp_path / "x" / "diversity.json").read_text())["GRPO latent"]) == 3  # of the last test
+    with_prompts = ["--tests", f"T={own}", "--prompts", f"{world}/task_b_prompts.jsonl"]
+    assert evaluate.prompts_of(evaluate.Config(tests=tests)) == own
+    evaluate.main([*flags, *with_prompts, "--diversity-prompts", "1", "--out", f"{tmp_path}/y"])
+    drawn = json.loads((tmp_path / "y" / "diversity.json").read_text())
+    assert [len(groups) for groups in drawn.values()] == [1]
+
+
+def test_the_same_file_named_by_hand_gives_the_same_numbers(runs, world, tmp_path):
+    flags = [*FEW, "--samples", "1", "--prompt", "no", "--latent", f"{runs}/rl"]
+    evaluate.main([*flags, "--data", str(world), "--out", f"{tmp_path}/a"])
+    named = f"ID={world}/task_id.jsonl,OOD={world}/task_ood.jsonl"
+    prompts = f"{world}/task_prompts.jsonl"
+    evaluate.main([*flags, "--tests", named, "--prompts", prompts, "--out", f"{tmp_path}/b"])
+    rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in "ab"]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("tests", ["ID", "=x.jsonl", "ID=", "ID=a,ID=b", "prompts=a", "a|b=c", "ID=a,"])
+def test_tests_that_are_none_are_refused_by_name(tests):
+    with pytest.raises(DataError, match="--tests: '.*' must be NAME=file"):
+        evaluate.tests_of(evaluate.Config(tests=tests))
+
+
 def test_wrong_runs_are_refused_by_flag_before_anything_is_drawn(runs, world, tmp_path):
     flags = [*FEW, "--data", str(world), "--out", f"{tmp_path}/x"]
     with pytest.raises(DataError, match="--latent .*is a checkpoint of stage3_bc"):
