@@ -60,7 +60,7 @@ def product(weight):
     """-> function: x (..., in) -> x weight^T in float32 on a CPU, for a weight that does not change; no gradient.
 
     The weight is packed at once, for any number of rows."""
-    if not AVAILABLE:
+    if not PackedLinear.enabled:
         return lambda x: nn.functional.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

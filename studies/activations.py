@@ -122,8 +122,7 @@ class Formula:
 
     def head(self, n, trains=False):
         """n states are scored: logits and log-probabilities of some; the weight as the product takes it."""
-        some = self.some_logits(n)
-        return some + max(some, self.float_head()) + (self.cast_head() if trains else 0)
+        return 2 * self.some_logits(n) + self.float_head() + (self.cast_head() if trains else 0)
 
     def cast_head(self):
         """A head that trains, in the dtype of forward passes."""
@@ -135,8 +134,9 @@ class Formula:
 
     def token_head(self, n):
         """Backward through a head that trains: gradient of the states; of the weight, a sum over some rows a time."""
-        weight, some = 4 * self.V * self.D, self.some_logits(n)
-        return 4 * self.D * n + self.cast_head() + weight + some + max(weight, some)
+        some, weight = self.some_logits(n), self.V * self.D
+        product = self.c * weight + (self.c * some // 4 if self.c < 4 else 0)  # of probabilities, cast, and states
+        return 4 * self.D * n + self.cast_head() + self.float_head() + 4 * weight + some + max(product, some)
 
 
 class Blocks:
@@ -303,14 +303,14 @@ class Stages(Formula):
         latent, rows, n = actions == "latent", s.prompts * s.group, s.prompts * s.prompt
         token, state = 2 * self.C * c, c * self.D  # key and value of a token in one block; its context
         tables = s.merges * self.K * 2 * self.I * c if latent else self.cast_head()  # see LatentModel.speaker
-        fixed, gradients = w.casts + tables, self.before(w)
+        fixed, gradients = w.casts + tables + self.float_head(), self.before(w)
         yield Moment("prompt", fixed + self.vlm_passing(n), gradients, s.blocks * n * token)
         blocks, contexts = s.blocks, 0
         if latent:
             read = s.blocks * rows * s.prompt * token + s.policy * n * token
             yield Moment("prompt", fixed + n * state + self.own_passing(n), gradients, read)
             blocks, contexts = s.blocks + s.policy, (n + 2 * rows * s.new) * state  # each token's; all of them in one
-        few = max(rows * s.prompt * token, 3 * 4 * rows * self.V, self.float_head())  # a block's old cache, or logits
+        few = max(rows * s.prompt * token, 3 * 4 * rows * self.V)  # a block's old cache, or logits
         caches = blocks * rows * (s.prompt + s.new) * token + contexts
         yield Moment("response", fixed + few, gradients, caches)
 
