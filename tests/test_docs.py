@@ -1,6 +1,6 @@
 """README.md and docs/: every number comes from a file in docs/results/, links lead somewhere, lines are short.
 
-python tests/test_docs.py      # after a new run: writes the tables and numbers of docs/results/ into the pages
+PYTHONPATH=. python tests/test_docs.py      # after a new run: writes the tables and numbers of docs/results/ into the pages
 """
 
 import ast
@@ -485,7 +485,7 @@ def words(text):
 def test_tables_of_results_are_those_of_the_files(page):
     text = PAGES[page].read_text()
     for table in tables().get(page, []):
-        assert table in text, f"{page} does not show\n{table}\nRun `python tests/test_docs.py`."
+        assert table in text, f"{page} does not show\n{table}\nRun `PYTHONPATH=. python tests/test_docs.py`."
 
 
 def test_the_files_of_the_tables_are_those_of_results_json():
@@ -504,7 +504,7 @@ def test_no_other_table_has_a_decimal_number(page):
 def test_sentences_have_the_numbers_of_the_files(page):
     text = words(" ".join(lines_of(page)[0]))
     for sentence in sentences().get(page, []):
-        assert words(sentence) in text, f"{page} does not say: {sentence}. Run `python tests/test_docs.py`."
+        assert words(sentence) in text, f"{page} does not say: {sentence}. Run `PYTHONPATH=. python tests/test_docs.py`."
 
 
 @pytest.mark.parametrize("page", WRITTEN)
