@@ -1,6 +1,7 @@
 """README.md and docs/: every number comes from a file in docs/results/, links lead somewhere, lines are short.
 
-PYTHONPATH=. python tests/test_docs.py      # after a new run: writes the tables and numbers of docs/results/ into the pages
+PYTHONPATH=. python tests/test_docs.py      # after a new run: writes the tables and numbers of docs/results/ into the
+                                            # pages
 """
 
 import ast
@@ -504,7 +505,9 @@ def test_no_other_table_has_a_decimal_number(page):
 def test_sentences_have_the_numbers_of_the_files(page):
     text = words(" ".join(lines_of(page)[0]))
     for sentence in sentences().get(page, []):
-        assert words(sentence) in text, f"{page} does not say: {sentence}. Run `PYTHONPATH=. python tests/test_docs.py`."
+        assert words(sentence) in text, (
+            f"{page} does not say: {sentence}. Run `PYTHONPATH=. python tests/test_docs.py`."
+        )
 
 
 @pytest.mark.parametrize("page", WRITTEN)
