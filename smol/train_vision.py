@@ -19,7 +19,6 @@ Reported on held-out drawings and on held-out names, see `measure`. The tower is
 import argparse
 import json
 import math
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from data import DataError, Example, Processor
+import common
+from data import Example, Processor
 from smol import scenes
 from smol.drawings import load
 from vlm import VLM, next_token_loss
@@ -266,7 +266,7 @@ class Training:
         args, shown, began = self.args, {}, time.time()
         total = args.naming + args.captions
         given = iter(DataLoader(Steps(self.data, args, self.step), batch_size=None, num_workers=1, prefetch_factor=4))
-        while self.step < total and (time.time() - began) / 60 + self.minutes < args.minutes:
+        while self.step < total:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
             with torch.autocast("cpu", torch.bfloat16):
@@ -324,11 +324,13 @@ def nats(vlm, data, part, count, size=32):
 def scores(vlm, data, examples, size=40):
     """-> for each example (log-probability of what is to be learnt, whether all of it is the greedy choice)."""
     out = []
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_of = vlm.scorer()
     for i in range(0, len(examples), size):
         batch = data.processor.collate(examples[i : i + size])
         explained = batch.explained_BT
         with torch.autocast("cpu", torch.bfloat16):
-            logits_MV = vlm.scorer()(vlm(batch)[:, :-1][explained]).float()
+            logits_MV = logits_of(vlm(batch)[:, :-1][explained])
         true_M = batch.ids_BT[:, 1:][explained]
         logp = logits_MV.log_softmax(-1).gather(-1, true_M[:, None])[:, 0].split(explained.sum(1).tolist())
         right = (logits_MV.argmax(-1) == true_M).split(explained.sum(1).tolist())
@@ -399,7 +401,6 @@ def main(argv=None):
     add("--out", default="runs/smol/tower", type=Path, help="file to write, without its ending")
     add("--naming", default=4000, type=int, help="steps of phase naming")
     add("--captions", default=1000, type=int, help="steps of phase captions")
-    add("--minutes", default=1e9, type=float, help="stop after so many minutes of training")
     add("--batch-naming", default=48, type=int, help="scenes a step of phase naming")
     add("--batch", default=16, type=int, help="scenes a step of phase captions")
     add("--lr", default=2e-3, type=float, help="peak learning rate of phase naming; captions: a quarter")
@@ -418,7 +419,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as e:
-        sys.exit(f"error: {e}")
+    common.run(main)

@@ -113,6 +113,8 @@ def test_a_model_that_would_not_be_the_same_is_refused(tmp_path, what, word):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(DataError, match="not a loadable language model"):
         make_vlm.main(["--lm", str(tmp_path), "--vision", "random", "--out", str(tmp_path / "vlm")])
+    with pytest.raises(DataError, match="no such folder"):
+        make_vlm.main(["--lm", str(tmp_path / "none"), "--vision", "random", "--out", str(tmp_path / "vlm")])
 
 
 def test_a_tower_is_loaded_and_one_of_another_size_is_refused(tmp_path):

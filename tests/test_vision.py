@@ -163,7 +163,7 @@ def test_the_shipped_tower_fits_the_assembled_model():
 
 
 # ------------------------------------------------------------------------------------------------------- training
-def trained(file, out, naming=3, captions=2, **more):
+def trained(file, out, naming=4, captions=2, **more):
     flags = {"vlm": TINY, "drawings": file, "out": out, "naming": naming, "captions": captions} | more
     flags |= {"batch": 4, "batch_naming": 4, "save_every": 2}
     argv = [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))]
@@ -172,26 +172,34 @@ def trained(file, out, naming=3, captions=2, **more):
 
 
 @pytest.fixture(scope="module")
-def straight(file, tmp_path_factory):
-    return trained(file, tmp_path_factory.mktemp("vision") / "tower")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "teacher.npz"
+    np.savez(path, vectors=np.random.default_rng(0).normal(size=(len(NAMES), 5)).astype(np.float16))
+    return path
 
 
-def test_training_resumes_where_it_stopped(file, straight, tmp_path, monkeypatch):
-    """Killed in step 5, of phase captions, it goes on from the checkpoint of step 4: the same tower to the last bit."""
-    nll, calls = train_vision.caption_nll, []
+@pytest.fixture(scope="module")
+def straight(file, teacher, tmp_path_factory):
+    return trained(file, tmp_path_factory.mktemp("vision") / "tower", teacher=teacher)
 
-    def killed(vlm, batch):
-        calls.append(1)
-        if len(calls) == 3:  # two batches a step
+
+@pytest.mark.parametrize("fails_at", [3, 5], ids=["naming", "captions"])
+def test_training_resumes_where_it_stopped(file, teacher, straight, tmp_path, monkeypatch, fails_at):
+    """It fails in step 3, of phase naming, or in step 5, of phase captions, and goes on from the checkpoint before
+    it: the same tower to the last bit."""
+    loss = train_vision.Training.loss
+
+    def killed(self, given):
+        if self.step == fails_at - 1:
             raise KeyboardInterrupt
-        return nll(vlm, batch)
+        return loss(self, given)
 
-    monkeypatch.setattr(train_vision, "caption_nll", killed)
     monkeypatch.setattr(train_vision, "nats", lambda *_: {})
-    with pytest.raises(KeyboardInterrupt):
-        trained(file, tmp_path / "tower")
-    monkeypatch.setattr(train_vision, "caption_nll", nll)
-    again = trained(file, tmp_path / "tower")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train_vision.Training, "loss", killed)
+        trained(file, tmp_path / "tower", teacher=teacher)
+    assert torch.load(tmp_path / "tower.train", weights_only=True)["step"] == fails_at - 1
+    again = trained(file, tmp_path / "tower", teacher=teacher)
     assert again.keys() == straight.keys() and all(torch.equal(again[n], straight[n]) for n in straight)
 
 
