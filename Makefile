@@ -100,13 +100,14 @@ DTYPE = $(shell $(PY) -c "import torch; c = torch.cpu.get_capabilities(); \
   print('bfloat16' if c.get('avx512_bf16') or c.get('amx_bf16') else 'float32')")
 # `smol`: a dialogue of 256 tokens holds the first third of an answer, and leaves out the 13% that are Chinese.
 smol smol-ablations: OUT = runs/smol
-smol smol-ablations: CONVERT = --val 120
+smol: CONVERT = --val 48
 smol smol-ablations: ALL = --seed $(SEED) --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE)
 smol smol-ablations: PAIRED = --paired $(OUT)/data/paired.jsonl --max-length 256 --states $(OUT)/states
 smol smol-ablations: TEXT = --text $(OUT)/data/text.jsonl
 smol smol-ablations: S2 = --steps-a 80 --steps-b 240 --batch 4 --save-every 40
 smol: DEMOS = --demos $(OUT)/data/task_demos.jsonl --max-length 256
-smol: JUDGE = "$(MINILM)"
+smol: JUDGE = smol.judge:judge
+smol: export SMOL_VLM = $(OUT)/vlm
 smol: S1 = --steps 120 --batch 4 --save-every 40
 smol: S3 = --steps-clone 240 --steps-adapt 80 --batch 4 --batch-adapt 6 --save-every 40
 smol: SFT = --steps-adapt 80 --batch-adapt 6 --lr-adapt 1e-4 --save-every 20
@@ -114,11 +115,11 @@ smol: RL = --prompts $(OUT)/data/task_prompts.jsonl --val $(OUT)/data/task_val.j
   --steps 80 --batch 2 --max-new 48 --max-prompt 192 --save-every 10
 smol: RL_LATENT = --lr 1e-4
 smol: RL_TOKEN = --lr 1e-5 --micro 8
-smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE) --data $(OUT)/data --judge $(JUDGE) --embedder $(JUDGE) --limit 96 --samples 1 \
+smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE) --data $(OUT)/data --judge $(JUDGE) --embedder "$(MINILM)" --limit 96 --samples 1 \
   --diversity-prompts 12 --batch 24 --max-new 48 --max-prompt 192
 # both cores; not again where no RL run is newer than the results
 smol: ALONE = test -f $(OUT)/results.json -a -z "$$(find $(OUT)/rl_*/ckpt-* -maxdepth 0 -newer $(OUT)/results.json)" || OMP_NUM_THREADS=2
-smol: AFTER = OMP_NUM_THREADS=2 $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --rows 16
+smol: AFTER = OMP_NUM_THREADS=2 $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16
 
 demo: .venv/ready runs/world/world.json
 real: mmrole

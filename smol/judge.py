@@ -57,12 +57,15 @@ class Judge:
 
     def __init__(self, embed, vlm, tokenizer, easy=EASY, hard=HARD):
         self.embed, self.vlm, self.tokenizer, self.easy, self.hard = embed, vlm, tokenizer, easy, hard
+        self.of_records = {}  # embeddings of references, questions and profiles, which come again in every group
 
     def __call__(self, records, responses):
         references = [reference(r) for r in records]
         questions, profiles = zip(*map(asked, records))
-        parts = len(responses), 2 * len(responses), 3 * len(responses)
-        e, ref, asks, about = np.split(self.embed([*responses, *references, *questions, *profiles]), parts)
+        new = sorted({*references, *questions, *profiles} - set(self.of_records))
+        e = self.embed([*responses, *new])
+        self.of_records.update(zip(new, e[len(responses) :]))
+        ref, asks, about = ([self.of_records[t] for t in texts] for texts in (references, questions, profiles))
         entries, form = [], self.form([*responses, *references])
         for n, text in enumerate(responses):
             taken = (asks[n], about[n]) if profiles[n] else (asks[n],)
@@ -86,13 +89,15 @@ class Judge:
     @torch.no_grad()
     def nats(self, rows):
         """Token ids of texts -> mean nats a token of each, behind the token that ends a turn."""
-        first, device = self.tokenizer.eos_token_id, self.vlm.head.weight.device
+        first, weight = self.tokenizer.eos_token_id, self.vlm.head.weight
+        device, reduced = weight.device, weight.dtype != torch.float32
         ids_BT = torch.full((len(rows), 1 + max(map(len, rows))), first, device=device)
         for row, ids in zip(ids_BT, rows):
             row[1 : 1 + len(ids)] = torch.tensor(ids)
-        h_BTD = self.vlm.text(input_ids=ids_BT, use_cache=False).last_hidden_state  # causal: padding is never seen
         real_BT = torch.arange(ids_BT.shape[1] - 1) < torch.tensor([[len(ids)] for ids in rows])
-        logp_M = head_log_probs(self.vlm.head, h_BTD[:, :-1][real_BT], ids_BT[:, 1:][real_BT])[0].cpu()
+        with torch.autocast(device.type, weight.dtype, enabled=reduced):
+            h_BTD = self.vlm.text(input_ids=ids_BT, use_cache=False).last_hidden_state  # causal: padding is never seen
+            logp_M = head_log_probs(self.vlm.head, h_BTD[:, :-1][real_BT], ids_BT[:, 1:][real_BT])[0].cpu()
         return [-float(part.mean()) for part in logp_M.split([len(ids) for ids in rows])]
 
 
@@ -106,7 +111,13 @@ def built():
     folder = os.environ.get("SMOL_VLM", "runs/smol/vlm")
     embedder = EmbeddingJudge(f"{package.submodule_search_locations[0]}/model")
     tokenizer = AutoTokenizer.from_pretrained(find(folder, "SMOL_VLM"), trust_remote_code=False)
-    return Judge(embedder.embed, VLM(folder, embedder.device), tokenizer)
+    return Judge(embedder.embed, VLM(folder, embedder.device, quick_dtype(embedder.device)), tokenizer)
+
+
+def quick_dtype(device):
+    """bfloat16 where the hardware multiplies it fast, else float32."""
+    can = torch.cpu.get_capabilities()
+    return torch.bfloat16 if device == "cuda" or can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
 
 
 def judge(records, responses):

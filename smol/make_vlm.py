@@ -162,7 +162,8 @@ def assemble(lm, tokenizer, out):
     write_image_processor(out)
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))))
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    ends = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
+    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id  # Qwen's own is not in the vocabulary
+    ends = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
     config = Qwen2_5_VLConfig(
         text_config=text_config(lm.config) | ends,
         vision_config=TOWER | {"out_hidden_size": lm.config.hidden_size},
@@ -178,7 +179,7 @@ def assemble(lm, tokenizer, out):
     left_out = [n for n in missing if not n.startswith("model.visual.")] + list(unexpected)
     if left_out:
         raise DataError(f"the language model's tensor '{left_out[0]}' has no place in Qwen2.5-VL")
-    vlm.generation_config.eos_token_id, vlm.generation_config.pad_token_id = end, pad
+    vlm.generation_config.update(**ends)
     return vlm.eval()
 
 

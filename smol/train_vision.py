@@ -135,8 +135,8 @@ class Names:
         """y_TD: image tokens of all scenes in one row; cells: the Thing that each shows, or None. -> (loss, share of
         the tokens of things that are named right)."""
         at = [k for k, thing in enumerate(cells) if thing]
-        true = torch.tensor([self.number[cells[k].name] for k in at])
-        thing = torch.tensor([not cells[k].name.endswith(" background") for k in at])
+        true = torch.tensor([self.number[cells[k].name] for k in at], device=y_TD.device)
+        thing = torch.tensor([not cells[k].name.endswith(" background") for k in at], device=y_TD.device)
         y_MD = y_TD[at].float() - self.centre_D
         logits_MK = scale * F.normalize(y_MD, dim=-1) @ self.directions_KD.T
         weight_M = torch.where(thing, 1.0, GROUND)
@@ -149,10 +149,10 @@ class Teacher:
     """Phase 'naming' also: from an image token that shows a drawing, a linear map is to give the drawing's vector of
     teacher.py. L = 1 - cos(W y_t + b, v_t), mean over these tokens."""
 
-    def __init__(self, file, width):
+    def __init__(self, file, width, device):
         with np.load(file) as f:
-            self.vectors_NK = torch.from_numpy(f["vectors"]).float()
-        self.linear = torch.nn.Linear(width, self.vectors_NK.shape[1])
+            self.vectors_NK = torch.from_numpy(f["vectors"]).float().to(device)
+        self.linear = torch.nn.Linear(width, self.vectors_NK.shape[1]).to(device)
 
     def loss(self, y_TD, cells):
         at = [k for k, thing in enumerate(cells) if thing and thing.drawing is not None]
@@ -162,10 +162,19 @@ class Teacher:
 
 def image_tokens(vlm, pixels, grids):
     """The tower's output for all images in one row, (tokens, D)."""
-    return torch.cat(vlm.body.get_image_features(pixels, grids).pooler_output)
+    device = vlm.head.weight.device
+    return torch.cat(vlm.body.get_image_features(pixels.to(device), grids.to(device)).pooler_output)
 
 
 # -------------------------------------------------------------------------------------------------------- training
+def load_vlm(folder):
+    return VLM(folder, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+
+
+def autocast(vlm):
+    return torch.autocast(vlm.head.weight.device.type, torch.bfloat16)
+
+
 def tower_of(vlm):
     return vlm.body.visual
 
@@ -209,12 +218,13 @@ class Training:
 
     def __init__(self, args):
         self.args, self.data = args, Data(args.vlm, args.drawings)
-        self.vlm = VLM(args.vlm, "cpu", torch.bfloat16)
+        self.vlm = load_vlm(args.vlm)
+        device = self.vlm.head.weight.device
         tower_of(self.vlm).float().requires_grad_(True)
         attend_at_once(self.vlm)
         self.names = Names(self.vlm, self.data)
-        self.scale = torch.nn.Parameter(torch.tensor(20.0))
-        self.teacher = Teacher(args.teacher, self.vlm.config.hidden_size) if args.teacher else None
+        self.scale = torch.nn.Parameter(torch.tensor(20.0, device=device))
+        self.teacher = Teacher(args.teacher, self.vlm.config.hidden_size, device) if args.teacher else None
         self.params = [*tower_of(self.vlm).parameters(), self.scale]
         if self.teacher:
             self.params += self.teacher.linear.parameters()
@@ -222,7 +232,7 @@ class Training:
         self.step, self.minutes = 0, 0.0
         self.file = args.out.with_suffix(".train")
         if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
+            state = torch.load(self.file, weights_only=True, map_location=device)
             tower_of(self.vlm).load_state_dict(state["tower"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scale.data, self.step, self.minutes = state["scale"], state["step"], state["minutes"]
@@ -269,7 +279,7 @@ class Training:
         while self.step < total:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast(self.vlm):
                 loss, told = self.loss(next(given))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -295,6 +305,7 @@ def rounded(numbers):
 
 def caption_nll(vlm, batch):
     """-> (sum of the nats of the tokens that are to be learnt, their number)."""
+    batch = batch.to(vlm.head.weight.device)
     explained = batch.explained_BT
     y_MD = vlm(batch)[:, :-1][explained]
     return next_token_loss(vlm.head, y_MD, batch.ids_BT[:, 1:][explained]), int(explained.sum())
@@ -313,7 +324,7 @@ def nats(vlm, data, part, count, size=32):
         for how in ("right", "another", "none"):
             at = [(k + count // 2) % count if how == "another" else k for k in rows]
             examples = [data.caption(texts[k], pixels[j], grids[j], how != "none") for k, j in zip(rows, at)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast(vlm):
                 nll, tokens = caption_nll(vlm, data.processor.collate(examples))
             sums[how] += nll.item()
             sums[how + " tokens"] += tokens
@@ -324,12 +335,12 @@ def nats(vlm, data, part, count, size=32):
 def scores(vlm, data, examples, size=40):
     """-> for each example (log-probability of what is to be learnt, whether all of it is the greedy choice)."""
     out = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(vlm):
         logits_of = vlm.scorer()
     for i in range(0, len(examples), size):
-        batch = data.processor.collate(examples[i : i + size])
+        batch = data.processor.collate(examples[i : i + size]).to(vlm.head.weight.device)
         explained = batch.explained_BT
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(vlm):
             logits_MV = logits_of(vlm(batch)[:, :-1][explained])
         true_M = batch.ids_BT[:, 1:][explained]
         logp = logits_MV.log_softmax(-1).gather(-1, true_M[:, None])[:, 0].split(explained.sum(1).tolist())
@@ -411,7 +422,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if not args.measure:
         return Training(args)()
-    data, vlm = Data(args.vlm, args.drawings), VLM(args.vlm, "cpu", torch.bfloat16)
+    data, vlm = Data(args.vlm, args.drawings), load_vlm(args.vlm)
     tower_of(vlm).load_state_dict(load_file(args.out.with_suffix(".safetensors")))
     found = measure(vlm, data, args.measure)
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=1))

@@ -3,7 +3,7 @@
     losses      bare VLM, inferred and random codes on held-out rows, in nats a token and bits a byte; codes in use
     projector   squared error of P on held-out pictures, against the identity; the error of the way there and back
     picture     nats a token with the right picture, another one, none
-    speech      of each model at several temperatures: repetition, nats a token under the bare VLM, the judge's ratio
+    speech      of each model at several temperatures: repetition, nats a token under the bare VLM, the judges' ratios
     exposure    how well the cloned policy guesses the codes of true answers, and of its own
     go on       how often a single code leaves the VLM's most likely token as it is
     meanings    the tokens that the ten most used codes raise and lower
@@ -13,7 +13,7 @@
 
 Written to the run's folder: report.json, report.md, rl.png, and said.json, the answers that it reads.
 
-    python -m studies.smol --run runs/smol --judge FOLDER
+    python -m studies.smol --run runs/smol --judge smol.judge:judge --likeness FOLDER
     python -m studies.smol --run runs/smol --parts ablations,projector      # these anew, the rest as it stands there
 """
 
@@ -41,6 +41,7 @@ from studies.smol_run import FOLDERS, TEMPERATURES, Finished, agreement, nats
 class Config(Everywhere):
     run: str = option("runs/smol", "folder of the finished run")
     judge: str = option("rules", "as for evaluate.py")
+    likeness: str = option("", "folder of a sentence-embedding model, as a second judge of what is said; '': none")
     parts: str = option("", "only these parts, with commas between them; '': all")
     rows: int = option(24, "records of each test that the models answer here", least=2)
     contexts: int = option(200, "contexts over which what a code does is averaged", least=1)
@@ -49,28 +50,33 @@ class Config(Everywhere):
 
 
 # ----------------------------------------------------------------------------------------------------------- speech
-def speech_row(run, judge, answers):
-    """answers: [(record, tokens, text)] -> the numbers of a row."""
-    ratios = [judge_ratio(e) for e in judgements(judge, [r for r, _, _ in answers], [text for _, _, text in answers])]
+def mean_ratio(judge, answers):
+    asked, texts = [record for record, _, _ in answers], [text for _, _, text in answers]
+    return float(np.nanmean([judge_ratio(entry) for entry in judgements(judge, asked, texts)]))
+
+
+def speech_row(run, judges, answers):
+    """judges: {name: judge}; answers: [(record, tokens, text)] -> the numbers of a row."""
     return {
         "repeated 4-grams": float(np.mean([repeated(tokens) for _, tokens, _ in answers])),
         "nats": nats(run, [run.continued(r, tokens) for r, tokens, _ in answers]),
-        "ratio": float(np.nanmean(ratios)),
         "length": float(np.mean([len(tokens) for _, tokens, _ in answers])),
-    }
+    } | {name: mean_ratio(judge, answers) for name, judge in judges.items()}
 
 
 def speech(run, judge):
     """-> {model: {temperature: speech_row}}, and the references', cut to as many tokens."""
-    tests, decode = run.tests(), run.processor.tokenizer.decode
+    tests, decode, judges = run.tests(), run.processor.tokenizer.decode, {"ratio": judge}
+    if run.cfg.likeness:
+        judges["likeness"] = load_judge(run.cfg.likeness)
     references = [(r, run.reference(r)) for rows in tests.values() for r in rows]
     cut = [(r, tokens, decode(tokens, skip_special_tokens=True)) for r, tokens in references]
-    found = {"reference": {"": speech_row(run, judge, cut)}}
+    found = {"reference": {"": speech_row(run, judges, cut)}}
     for model, by_temperature in run.said().items():
         found[model] = {}
         for t, said in by_temperature.items():
             answers = [(r, a.tokens, a.text) for test, rows in tests.items() for r, a in zip(rows, said[test])]
-            found[model][str(t)] = speech_row(run, judge, answers)
+            found[model][str(t)] = speech_row(run, judges, answers)
     return found
 
 

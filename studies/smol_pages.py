@@ -42,9 +42,9 @@ def picture(found):
 
 
 def speech(found):
-    head = ["model", "temperature", "repeated 4-grams", "nats a token, bare VLM", "judge ratio", "tokens"]
-    names = ("repeated 4-grams", "nats", "ratio", "length")
-    rows = [(model, t, *(row[n] for n in names)) for model, by in found.items() for t, row in by.items()]
+    head = ["model", "temperature", "repeated 4-grams", "nats a token, bare VLM", "tokens", "judge ratio", "likeness"]
+    names = ("repeated 4-grams", "nats", "length", "ratio", "likeness")
+    rows = [(model, t, *(row.get(n) for n in names)) for model, by in found.items() for t, row in by.items()]
     return table("Speech", head, rows)
 
 

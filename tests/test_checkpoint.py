@@ -144,6 +144,7 @@ def test_a_run_goes_on_with_settings_that_do_not_matter_otherwise(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     write("here", 4)
     same = CONFIG | {"save_every": 1, "keep": 9, "micro": 1, "timeout": 5, "vlm": str(tmp_path / "tiny" / "vlm")}
+    same |= {"states": "elsewhere", "states_gib": 3.0}
     assert resume("./here/", "stage1_projector", same)[1]["step"] == 4
     shutil.copytree("here", "moved")
     assert resume("moved", "stage1_projector", CONFIG | {"out": "moved"})[1]["step"] == 4

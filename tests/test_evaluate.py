@@ -221,6 +221,22 @@ def test_the_other_task_and_a_judge_of_ones_own(runs, world, tmp_path, monkeypat
     assert [len(group) for group in drawn] == [2, 2]
 
 
+def test_a_judge_that_works_on_its_own_is_told_what_comes(runs, world, tmp_path, monkeypatch):
+    """It hears of all responses to both tests, and only of these, before it is asked for the first score."""
+    told, asked = [], []
+
+    def judge(records, responses):
+        asked.append((len(told), list(zip([r["id"] for r in records], responses))))
+        return [{"Only": (5.0, 10.0)}] * len(records)
+
+    judge.foresee = lambda records, responses: told.extend(zip([r["id"] for r in records], responses))
+    judge.costly = True
+    monkeypatch.setattr(evaluate, "load_judge", lambda *_: judge)
+    few = [*FEW, "--samples", "2", "--prompt", "no", "--data", str(world), "--latent", f"{runs}/rl"]
+    evaluate.main([*few, "--out", f"{tmp_path}/e"])
+    assert asked[0][0] == len(told) == 2 * 2 * 2 and sorted(told) == sorted(x for _, pairs in asked for x in pairs)
+
+
 def test_any_named_tests_in_place_of_the_tasks(runs, world, tmp_path):
     """A test of each task and a file of one's own, which has no prompts beside it."""
     own = tmp_path / "own.json"

@@ -85,7 +85,10 @@ def test_a_dialogue_with_an_image_is_read_and_answered(tmp_path, names):
     assert h_BTD.shape == (1, len(example.ids), 96) and h_BTD.isfinite().all()
     ids = processor.config.image_token_id, processor.config.vision_start_token_id
     assert not set(names.values()) & set(processor.tokenizer.get_vocab()) or names is OTHER
-    assert max(ids) < vlm.model.get_input_embeddings().num_embeddings
+    rows = vlm.model.get_input_embeddings().num_embeddings
+    assert max(ids) < rows
+    for config in (vlm.model.config.text_config, vlm.model.generation_config):
+        assert max(config.bos_token_id, config.eos_token_id, config.pad_token_id) < rows
 
 
 def test_the_vocabulary_does_not_grow_where_there_are_free_tokens(tmp_path):

@@ -217,8 +217,12 @@ def test_stops_at_eos(vlm, latent, processor, prompts, never, actions):
     first = first_places(free.tokens_NT)
     eos = max(first, key=lambda x: (len(set(first[x])), -sum(first[x])))
     assert min(first[eos]) < T - 1 and len(set(first[eos])) > 1
+    told = []
+    settings["ended"] = lambda n, tokens: told.append((n, tokens))
     r = generate(vlm, agent(latent, actions), processor, prompts, u, eos=eos, **settings)
     length = r.tokens_NT.shape[1]
+    rows = enumerate(zip(free.tokens_NT.tolist(), first[eos]))
+    assert sorted(told) == [(n, row[:end]) for n, (row, end) in rows if end < T]  # once each, and without EOS
     assert length == T or max(first[eos]) < length
     want = torch.arange(length) <= torch.tensor(first[eos])[:, None]
     assert torch.equal(r.mask_NT, want)

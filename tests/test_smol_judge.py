@@ -51,16 +51,16 @@ def test_what_is_no_answer_gets_little(judge):
     assert cheap[-2:] == [pytest.approx(0.1, abs=0.02)] * 2
 
 
-def test_a_score_by_hand(judge, monkeypatch):
+def test_a_score_by_hand(vlm, monkeypatch):
     """likeness .5, 6 nats of 5 to 7, a fifth of the 4-grams repeated: 1 + 9 * .5 * .5 * .8; the reference 1 + 9."""
-    monkeypatch.setattr(
-        judge, "embed", lambda texts: np.array([[0.5, 0.75**0.5, 0, 0], [1.0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    )
+    e = {"said": [0.5, 0.75**0.5, 0, 0], REFERENCE: [1.0, 0, 0, 0], QUESTION: [0, 0, 1, 0], PROFILE: [0, 0, 0, 1]}
+    judge = Judge(lambda texts: np.array([e[text] for text in texts]), vlm, None)
     ids = {"said": [1, 2, 3, 4, 1, 2, 3, 4], REFERENCE: [5]}
     monkeypatch.setattr(judge, "tokenizer", lambda text, **_: {"input_ids": ids[text]})
     monkeypatch.setattr(judge, "nats", lambda rows: [6.0 if len(row) > 1 else 3.0 for row in rows])
-    ((name, scores),) = judge([record()], ["said"])[0].items()
-    assert scores == (pytest.approx(1 + 9 * 0.5 * 0.5 * 0.8), 10.0)
+    for _ in range(2):  # the second time, only the answer is embedded anew
+        ((name, scores),) = judge([record()], ["said"])[0].items()
+        assert scores == (pytest.approx(1 + 9 * 0.5 * 0.5 * 0.8), 10.0)
 
 
 def test_the_nats_are_those_of_each_text_alone(judge, vlm, processor):

@@ -671,7 +671,7 @@ def equal_at(*equal):
     equal; what it saw is in judge.seen."""
 
     def judge(records, responses):
-        judge.seen.append(responses)
+        judge.seen.append(list(responses))
         now = equal[len(judge.seen) - 1]
         return [{"Place": (1.0 if k // 2 in now else 1.0 + k, 5.0)} for k in range(len(responses))]
 
@@ -704,6 +704,14 @@ def test_groups_with_equal_rewards_are_drawn_again_alone(collected, actions):
     T = min(roll.tokens_NT.shape[1], before.tokens_NT.shape[1])
     assert torch.equal(roll.tokens_NT[:2, :T], before.tokens_NT[:2, :T])
     assert len({tuple(x) for x in (texts[2:], *again.seen[1:])}) > 1  # the noise is fresh
+
+
+@BOTH
+def test_a_judge_that_works_on_its_own_is_told_what_it_will_be_asked(collected, actions):
+    judge, told = equal_at([1], [0], []), []
+    judge.foresee = lambda _, responses: told.extend(responses)
+    collected(judge, 5, actions)
+    assert set(told) == {text for texts in judge.seen for text in texts}
 
 
 def test_no_more_than_n_extra_draws(collected):

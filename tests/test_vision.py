@@ -133,7 +133,7 @@ def test_the_teachers_loss_by_hand(tmp_path):
     """Of the tokens that show a drawing: one along its vector, one at right angles to it."""
     vectors = np.array([[1, 0], [0.6, 0.8]], np.float16)
     np.savez(tmp_path / "teacher.npz", vectors=vectors)
-    teacher = train_vision.Teacher(tmp_path / "teacher.npz", 2)
+    teacher = train_vision.Teacher(tmp_path / "teacher.npz", 2, "cpu")
     with torch.no_grad():
         teacher.linear.weight.copy_(torch.eye(2))
         teacher.linear.bias.zero_()
