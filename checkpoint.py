@@ -33,6 +33,7 @@ from data import DataError
 BEST = "best"
 # memory, time and place alone
 MAY_CHANGE = ("out", "save_every", "keep", "micro", "checkpointing", "timeout", "states", "states_gib")
+MAY_CHANGE += ("workers", "log")
 MAY_CHANGE += ("judge_key", "judge_parallel", "judge_timeout", "judge_retries", "judge_fail", "judge_cache")
 MAY_CHANGE += ("judge_price_in", "judge_price_out")
 

@@ -22,6 +22,7 @@ from pictures import MAX_DECODE
 from ranks import gather
 from ranks import run as run
 from records import refusals
+from tracking import TRACKERS
 from vlm import VLM
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -33,6 +34,10 @@ def option(default, help, *, choices=None, least=0, above=None, paper=None):
     paper)."""
     meta = {"help": help, "choices": choices, "least": least, "above": above, "paper": paper}
     return dataclasses.field(default=default, metadata=meta)
+
+
+def log_option():
+    return option("none", "where the numbers of metrics.jsonl go as well", choices=TRACKERS)
 
 
 @dataclasses.dataclass

@@ -5,8 +5,9 @@ The order of work:
     scan               which rows can be used, read before a run needs them (records.py)
     Processor.example  a record -> token ids, which of them are to be learnt, pixels
     Processor.collate  examples -> a padded Batch
-    batches            Batches forever. Their order depends on (seed, epoch) alone, so that a resumed run and any number
-                       of ranks see the same data.
+    index_batches      the order of the rows. It depends on (seed, epoch) alone, so that a resumed run and any number
+                       of ranks see the same data
+    batches            Batches forever (loader.py)
 
 Letters in names: B rows of a batch, T tokens, S tokens without those of the image."""
 
@@ -352,33 +353,3 @@ def index_batches(records, size, seed, start=0, window=16):
         drawn = drawn[np.argsort(records.sizes_of(drawn), kind="stable")].reshape(window, size)
         yield from np.random.default_rng([seed, k, 1]).permutation(drawn).flatten()[skip:]
         skip = 0
-
-
-def batches(records, processor, size, seed, start=0, rank=0, world=1, refused=None, kind=0):
-    """Yield Batches of `size` rows of similar length for rank `rank` of `world`, forever.
-
-    start: rows drawn so far by all ranks together. A row that cannot be used is replaced by the next one of the file
-    that can, and its reason goes into the set `refused` (without a set it is raised). Which row stands in depends on
-    the row alone, so that resume and ranks change nothing. The noise of a row depends on the seed, on `kind` (a number
-    for each file that a run reads) and on how many rows were drawn before it, which is its step and its place in the
-    global batch."""
-    picked, draws = [], []
-    for n, i in enumerate(index_batches(records, size * world, seed, start), start):
-        if n % world == rank:
-            draws.append((seed, kind, n))
-            picked.append(usable(records, processor, int(i), refused, draws[-1]))
-        if len(picked) == size:
-            yield processor.collate(picked, draws=draws)
-            picked, draws = [], []
-
-
-def usable(records, processor, i, refused, draw):
-    """The Example of row i, or of the first row after it that can be used. draw: see Shards.drawn."""
-    for k in range(len(records)):
-        try:
-            return processor.example(records.drawn((i + k) % len(records), draw))
-        except DataError as e:
-            if refused is None:
-                raise
-            refused.add(str(e))
-    raise DataError(f"{records.path}: no row can be used; the first reason: {min(refused)}")

@@ -1,4 +1,4 @@
-"""The log of a run: a progress bar, and metrics.jsonl with a row for each step."""
+"""The log of a run: a progress bar, metrics.jsonl with a row for each step, and what --log asks for."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import checkpoint
 from data import DataError
+from tracking import track
 
 
 class Log:
@@ -18,16 +19,18 @@ class Log:
     A run that goes on from step `start` first drops what was logged after it, so that each step stands in the file
     once. A full disk or a read-only folder is a DataError; a row that is torn by it is dropped later."""
 
-    def __init__(self, out, name, start, steps):
-        self.rank0, self.path = checkpoint.rank() == 0, Path(out) / "metrics.jsonl"
-        self.bar = tqdm(
-            total=steps, initial=start, desc=name, disable=not self.rank0, mininterval=1.0, dynamic_ncols=True
-        )
+    def __init__(self, out, name, start, steps, cfg=None):
+        """cfg: of the stage, whose --log counts; None: that is 'none'."""
+        self.rank0, self.path, self.tracker = checkpoint.rank() == 0, Path(out) / "metrics.jsonl", None
         if self.rank0:
             with self.writing():
                 Path(out).mkdir(parents=True, exist_ok=True)
                 cut_back(self.path, start)
+                self.tracker = track(cfg, start, read_metrics(out))
                 self.file = open(self.path, "a")
+        self.bar = tqdm(
+            total=steps, initial=start, desc=name, disable=not self.rank0, mininterval=1.0, dynamic_ncols=True
+        )
         self.began = time.time()
 
     def __call__(self, step, shown=(), **metrics):
@@ -41,6 +44,8 @@ class Log:
             with self.writing():
                 self.file.write(json.dumps(row) + "\n")
                 self.file.flush()
+                if self.tracker:
+                    self.tracker(row)
 
     @contextlib.contextmanager
     def writing(self):
@@ -54,6 +59,8 @@ class Log:
         self.bar.close()
         if self.rank0:
             self.file.close()
+            if self.tracker:
+                self.tracker.close()
 
 
 def whole_rows(path):

@@ -41,7 +41,7 @@ class Shards:
     """Packed text in the place of Records. DataError if the folder is none, is unfinished or of another tokenizer."""
 
     def __init__(self, folder, processor):
-        self.path, self.limit = Path(folder), processor.max_length
+        self.path, self.limit, self.known = Path(folder), processor.max_length, len(processor.tokenizer)
         try:
             index = json.loads((self.path / "index.json").read_bytes())
             self.names = [name for name, _, _ in index["shards"]]
@@ -86,12 +86,16 @@ class Shards:
         offset = int(u * (max(0, size - self.limit) + 1))
         ids = self._read(f"{name}.tokens", TOKEN, first + offset, min(size, self.limit))
         where = f"{self.path / name}, document {self.numbers[i] + 1} of the folder"
+        if ids.max() >= self.known:
+            raise DataError(f"{where}: its ids are none of the tokenizer's; delete the shard and pack the text again")
         return {"id": self.numbers[i], "where": where, "images": [], "ids": ids.astype(np.int64)}
 
     def _place(self, i):
         """-> (shard's name, the first token of row i there, its tokens)."""
         k = int(np.searchsorted(self.before, self.numbers[i], side="right")) - 1
         found = self._read(f"{self.names[k]}.starts", START, int(self.numbers[i] - self.before[k]), 2)
+        if found[0] >= found[1]:  # a document has an EOS at least
+            raise DataError(f"{self.path / self.names[k]}.starts: is damaged; delete it and pack the text again")
         return self.names[k], int(found[0]), int(found[1] - found[0])
 
     def _read(self, name, dtype, first, count):

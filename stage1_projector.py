@@ -24,7 +24,8 @@ import torch
 import checkpoint
 import common
 from common import option
-from data import Processor, batches
+from data import Processor
+from loader import batches
 from model import Projector, projector_loss
 from states import KeepsStates, reader
 from vlm import VLM
@@ -71,8 +72,9 @@ def train(cfg, guard, place):
         return loss, {"mse": error, "mse_identity": identity}
 
     objective, drawn = common.wrap(projector, loss_fn), start * cfg.batch * place.ranks
-    stream = batches(records, processor, cfg.batch, cfg.seed, drawn, place.rank, place.ranks, refused=refused.seen)
-    log = common.Log(cfg.out, "stage 1: projector", start, cfg.steps)
+    at = (cfg.batch, cfg.seed, drawn, place.rank, place.ranks)
+    stream = batches(records, processor, *at, refused=refused.seen, workers=cfg.workers)
+    log = common.Log(cfg.out, "stage 1: projector", start, cfg.steps, cfg)
     for step in range(start, cfg.steps):
         rate = min((step + 1) / (0.1 * cfg.steps), (cfg.steps - step) / (0.9 * cfg.steps))
         step_weights.rate(cfg.lr * rate)

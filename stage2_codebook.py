@@ -30,7 +30,8 @@ import torch.nn.functional as F
 import checkpoint
 import common
 from common import option
-from data import DataError, Processor, batches
+from data import DataError, Processor
+from loader import batches
 from model import inverse_loss, projector_loss
 from shards import open_text
 from states import KeepsStates, reader
@@ -200,7 +201,7 @@ class Run:
             self.start, self.going_on = saved[1]["step"], saved[2]
             self.refused = {kind: common.Refused(cfg, before) for kind, before in saved[1]["refused"].items()}
             self.skipped = self.going_on["optimizer"]["skipped"]
-        self.log = common.Log(cfg.out, "stage 2: codebook", self.start, self.steps)
+        self.log = common.Log(cfg.out, "stage 2: codebook", self.start, self.steps, cfg)
         self.usage = Usage(cfg.window, self.going_on and self.going_on["extra"])
         self.streams = self.data()
 
@@ -232,6 +233,7 @@ class Run:
                 self.place.ranks,
                 refused=self.refused[k].seen,
                 kind=kind,
+                workers=cfg.workers,
             )
             for kind, k in enumerate(self.train)
         }

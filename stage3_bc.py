@@ -27,7 +27,8 @@ import torch.nn.functional as F
 import checkpoint
 import common
 from common import option
-from data import DataError, Processor, batches
+from data import DataError, Processor
+from loader import batches
 from model import inverse_loss
 from shards import open_text
 from states import KeepsStates, reader
@@ -145,7 +146,8 @@ class Run:
                 checkpoint.load_into(self.latent, saved[0], cfg.out)
             self.start, self.going_on = saved[1]["step"], saved[2]
             self.refused = {kind: common.Refused(cfg, before) for kind, before in saved[1]["refused"].items()}
-        self.log = common.Log(cfg.out, f"stage 3: {'SFT' if self.is_token else 'policy'}", self.start, self.steps)
+        name = f"stage 3: {'SFT' if self.is_token else 'policy'}"
+        self.log = common.Log(cfg.out, name, self.start, self.steps, cfg)
 
     def load_models(self):
         """self.vlm, self.latent, self.arch -> state of the run given as --init (None for SFT)."""
@@ -179,10 +181,10 @@ class Run:
         first = max(begin, self.start)
         drawn = (first - begin) * size * place.ranks
         at = (size, cfg.seed, drawn, place.rank, place.ranks)
-        streams = [
-            batches(self.files[k], self.processor, *at, refused=self.refused[k].seen, kind=KINDS.index(k))
-            for k in kinds
-        ]
+        streams = []
+        for k in kinds:
+            how = {"refused": self.refused[k].seen, "kind": KINDS.index(k), "workers": cfg.workers}
+            streams.append(batches(self.files[k], self.processor, *at, **how))
         for step in range(first, end):
             step_weights.rate(peak * rate((step - begin) / (end - begin)))
             given = [next(s).to(place.device) for s in streams]

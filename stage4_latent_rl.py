@@ -204,6 +204,7 @@ class Config(Judging):
     max_new: int = option(64, "longest response, tokens", least=1, paper=1024)
     max_pixels: int = option(280 * 420, "images are scaled down to this many pixels", least=1, paper=280 * 420)
     seed: int = option(0, "seed of sampling and of the prompts' order")
+    log: str = common.log_option()
     save_every: int = option(50, "steps between checkpoints", least=1)
     keep: int = option(2, "checkpoints that are kept, the newest", least=1)
 
@@ -355,7 +356,7 @@ def train(cfg, guard, place):
     order = index_stream(len(prompts), cfg.seed, start * cfg.batch * place.ranks)
     answers = Answers(agent, processor, prompts, judge, lambda r_BG: group_advantages(r_BG, cfg.loss_type))
     held_out = HeldOut(agent, processor, val_prompts, judge) if cfg.val else None
-    log, silent = common.Log(cfg.out, f"stage 4: {cfg.loss_type} {cfg.actions}", start, cfg.steps), 0
+    log, silent = common.Log(cfg.out, f"stage 4: {cfg.loss_type} {cfg.actions}", start, cfg.steps, cfg), 0
     if held_out and start == 0:
         log(0, **held_out(0))
 

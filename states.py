@@ -25,13 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import checkpoint
-from common import Everywhere, option, say, world_size
+from common import Everywhere, log_option, option, say, world_size
 
 
 @dataclass
 class KeepsStates(Everywhere):
     """Settings of the stages that read rows with the frozen VLM."""
 
+    log: str = log_option()
+    workers: int = option(0, "processes that read each file ahead of time, pictures included; 0: none")
     states: str = option("", "folder that keeps the VLM's states of the rows, for all stages and runs; '': none")
     states_gib: float = option(4.0, "GiB that this folder may take; rows beyond it are computed each time", above=0.0)
 

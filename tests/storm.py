@@ -48,6 +48,7 @@ def child(module, argv, env, note, die):
     if os.getpid() == IMPORTED_BY:
         raise RuntimeError("the server has not imported the stages")
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # of its workers, as users have it; this process has another
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
     said = os.open(f"{note}.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(said, 1)

@@ -11,7 +11,8 @@ import torch
 from helpers import TINY
 from PIL import Image
 
-from data import DataError, Processor, Records, batches, find, index_batches, index_stream, scan
+from data import DataError, Processor, Records, find, index_batches, index_stream, scan
+from loader import batches
 from records import refusals
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -425,12 +425,35 @@ def memory_texts():
 def packed_texts():
     """Sentences of docs/data.md about the reader of packed text and about packing."""
     found = read("packed")
-    one, ten = found["reader"]["1"], found["reader"]["10"]
+    one, ten, two = found["reader"]["1"], found["reader"]["10"], found["processes"]
+    work = two["cpu_seconds"]["2"] - two["cpu_seconds"]["start"]
+    more = work / two["cpu_seconds"]["1"]
     return [
         f"adds {one['mib']:.1f} MiB to a process that reads 1 GB of packed text, and {ten['mib']:.1f} MiB to one that "
         f"reads 10 GB ({ten['documents']:,} documents)",
         f"takes {one['ms']:.2f} ms of the processor with 1 GB and {ten['ms']:.2f} ms with 10 GB",
         f"One process packs {found['mb_per_cpu_second']:.1f} MB of text in a second of the processor",
+        f"Two processes need {two['cpu_seconds']['start']:.0f} seconds of the processor to start. Then they need "
+        f"{more:.2f} times as many for the same {two['mb']:.0f} MB as one does, {more / 2:.2f} times each",
+        f"at a load of {two['load']:.0f}",
+    ]
+
+
+def reading_texts():
+    """Sentences of docs/cost.md about reading pictures."""
+    found = read("reading")
+    small, large = found["sizes"]["640x480"], found["sizes"]["1280x960"]
+    batch = found["config"]["batch"]
+    waits = [batch * size["ms"] for size in (small, large)]
+    return [
+        f"one of 640 x 480 pixels ({small['kb']:.0f} kB) takes {small['ms']:.1f} ms of the processor",
+        f"one of 1280 x 960 pixels ({large['kb']:.0f} kB) {large['ms']:.1f} ms",
+        f"these are {small['share']:.0%} and {large['share']:.0%} of the processor's time for a step",
+        f"computed to take {found['gpu_ms']:.0f} ms",
+        f"its {batch} pictures take {waits[0]:.0f} ms or {waits[1]:.0f} ms to read",
+        f"for each second of computing it would wait {waits[0] / found['gpu_ms']:.1f} or "
+        f"{waits[1] / found['gpu_ms']:.1f} seconds",
+        f"{small['ms_with_workers']:.1f} ms a picture remain",
     ]
 
 
@@ -441,7 +464,7 @@ def sentences():
         "README.md": readme_texts(),
         "docs/results.md": claims() + table_texts() + code_texts() + compared,
         "docs/choices.md": settings,
-        "docs/cost.md": bench_texts(),
+        "docs/cost.md": bench_texts() + reading_texts(),
         "docs/mmrole.md": mmrole_texts(),
         "docs/gpu_node.md": memory_texts(),
         "docs/data.md": packed_texts(),

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import storm
@@ -234,3 +236,60 @@ def test_ctrl_c_under_torchrun(commands, undisturbed, tmp_path):
     assert not state["finished"] and state["step"] == len(log.read_text().splitlines())
     torchrun(command)
     assert not storm.differences(tmp_path / "x", undisturbed(2) / "codebook")
+
+
+# --------------------------------------------------------------------------------------------------------- workers
+def below(process):
+    """-> the ids of the processes that this one has started, and that are at work."""
+    found = [(p.name, (p / "stat").read_text().rpartition(")")[2].split()) for p in Path("/proc").glob("[0-9]*")]
+    return [int(pid) for pid, (state, parent, *_) in found if int(parent) == process.pid and state != "Z"]
+
+
+def gone(pids, seconds=30):
+    """Have all of them ended, at the latest so many seconds from now?"""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        if all(not s.exists() or s.read_text().rpartition(")")[2].split()[0] == "Z" for s in states):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+TERMINATED = pytest.param(signal.SIGTERM, 143, marks=pytest.mark.all)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), TERMINATED, (signal.SIGKILL, -9)])
+def test_workers_end_with_their_run_and_not_before(calm, tmp_path, number, status):
+    """A signal may reach the workers, too, as Ctrl-C at a terminal does. The run saves all the same. After kill -9 of
+    the run alone they end by themselves."""
+    run = calm("codebook", 1).elsewhere(tmp_path / "x")
+    run = replace(run, argv=[*run.argv, "--workers", "1"])
+    processes = run.start()
+    run.until_it_trains(processes)
+    workers = below(processes[0])
+    assert len(workers) == 1
+    for pid in [processes[0].pid] + workers * (number != signal.SIGKILL):
+        os.kill(pid, number)
+    assert storm.join(processes, storm.LONGEST) and processes[0].exitcode == status and gone(workers)
+    said = run.file("txt", 0).read_text()
+    assert ("stopped and saved" in said) == (status > 0) and "error" not in said and "Traceback" not in said
+    assert said.count("stopping after this step") == (status > 0)  # by the run alone
+    run.finish()
+    assert not storm.differences(run.out, calm("codebook", 1).out)
+
+
+def test_a_run_whose_worker_is_killed_says_so_and_goes_on_with_the_same_command(calm, tmp_path):
+    """On two ranks: the other rank ends as well, and its workers."""
+    run = calm("codebook", 2).elsewhere(tmp_path / "x")
+    run = replace(run, argv=[*run.argv, "--workers", "1"])
+    processes = run.start()
+    run.until_it_trains(processes)
+    workers = [below(p) for p in processes]
+    os.kill(workers[1][0], signal.SIGKILL)
+    assert storm.join(processes, storm.LONGEST) and [p.exitcode for p in processes] == [1, 2]
+    said = run.file("txt", 1).read_text()
+    assert "error: rank 1: --workers 1: a process that reads rows was ended by a signal" in said
+    assert "Traceback" not in said and gone(sum(workers, []))
+    run.finish()
+    assert not storm.differences(run.out, calm("codebook", 2).out)

@@ -14,7 +14,8 @@ import stage2_codebook
 import stage3_bc
 from convert import pack as packing
 from convert.pack import main, pack
-from data import DataError, Processor, Records, batches
+from data import DataError, Processor, Records
+from loader import batches
 from shards import Shards, tokenizer_hash
 
 LONG = " ".join(f"word {k}" for k in range(300))
@@ -158,6 +159,16 @@ def test_a_folder_that_is_no_packed_text_is_refused_by_name(tmp_path, processor)
     with pytest.raises(DataError, match="out: was packed with another tokenizer than that of --vlm"):
         Shards(out, processor)
     (out / "index.json").write_text(json.dumps(index))
+    whole = (out / "a.jsonl.tokens").read_bytes()
+    (out / "a.jsonl.tokens").write_bytes(b"\xff" * 4 + whole[4:])  # bytes that a disk has spoilt
+    with pytest.raises(DataError, match="a.jsonl, document 1 of the folder: its ids are none of the tokenizer's"):
+        Shards(out, processor)[0]
+    assert len(Shards(out, processor)[1]["ids"])
+    starts = (out / "a.jsonl.starts").read_bytes()
+    (out / "a.jsonl.starts").write_bytes(starts[:8] + b"\xff" * 8 + starts[16:])
+    with pytest.raises(DataError, match="a.jsonl.starts: is damaged; delete it and pack"):
+        Shards(out, processor).sizes_of([1])
+    (out / "a.jsonl.starts").write_bytes(starts)
     with open(out / "a.jsonl.tokens", "r+b") as f:
         f.truncate(40)
     with pytest.raises(DataError, match="a.jsonl.tokens: is cut off"):
