@@ -5,6 +5,7 @@
 # make vision   its vision tower trained anew, from public drawings -> runs/smol/tower.safetensors
 # make test     the tests, and ruff on the code's form
 # make test-all the tests with all of the fuzzing
+# make rehearsal   all commands of docs/gpu_node.md, with the tiny VLM and few records; it needs bash, jq and zcat
 # make tables   the paper's tables in miniature, three seeds -> runs/tables/results/
 # make bench    what a step costs, on random weights -> runs/bench/
 # make figures  the two figures that explain the method -> docs/timeline.png, docs/stages.png
@@ -15,7 +16,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real smol smol-ablations vision test test-all bench tables figures setup mmrole smol-vlm
+.PHONY: demo real smol smol-ablations vision test test-all rehearsal bench tables figures setup mmrole smol-vlm
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -41,6 +42,10 @@ test: .venv/ready-judge
 
 test-all: .venv/ready-judge
 	$(PY) -m pytest -q -m "" tests
+
+# -s: the seconds of each command
+rehearsal: .venv/ready-judge
+	$(PY) -m pytest -q -s -m "" tests/test_rehearsal.py
 
 bench: .venv/ready
 	OMP_NUM_THREADS=2 $(PY) -m studies.bench

@@ -54,6 +54,8 @@ def colour_of(row):
 
 def smooth(y, parts):
     """Mean of the last len(y) / parts values, at every step; y (steps,) -> (steps,)."""
+    if not len(y):
+        return y
     k = max(1, len(y) // parts)
     return np.convolve(np.pad(y, (k - 1, 0), mode="edge"), np.ones(k) / k, "valid")
 

@@ -10,8 +10,8 @@ test file, with the images that they name. A row:
 
 The published files have no golden_response, so no answer to learn or to compare with. The files that have one are
 called HCMAS-golden-train.json and so on, and are taken where they are. Else the converter writes queries.jsonl, one
-record for each row. Have a strong model answer them, and give its answers with --answers FILE, JSON Lines of
-{"id": the record's, "golden_response": "..."}.
+record for each row. Have a strong model answer them (convert/golden.py), and give its answers with --answers FILE, JSON
+Lines of {"id": the record's, "golden_response": "..."}.
 
 The split is the paper's. The rows of LS1's train file are shuffled with seed 42: the first 50% are demonstrations, the
 next 20% prompts for RL. The tests are the test files. LS2's train file is not used. Written:

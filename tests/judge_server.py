@@ -49,7 +49,10 @@ def letters(text):
 
 
 def scores(text):
-    """What a good judge says of a request of ours, whose [user] part is prompts/mmrole.txt's."""
+    """What a good judge says of a request of ours, whose [user] part is prompts/mmrole.txt's. A question that is none
+    of a judge is answered with its own words."""
+    if "<answer_A>" not in text:
+        return [f"You ask: {text}"]
     a, b = (letters(re.search(rf"<answer_{s}>\n(.*?)\n</answer_{s}>", text, re.S)[1]) for s in "AB")
     names = re.findall(r"^(.+): A=\.\.\., B=\.\.\.$", text, re.M)
     return [f"{name}: A={a}, B={b}" for name in names]

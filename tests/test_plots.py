@@ -47,6 +47,16 @@ def test_smooth_by_hand():
     assert plots.smooth(np.array([2.0, 4, 6, 8, 0, 0]), 3).tolist() == [2, 3, 5, 7, 4, 0]
 
 
+def test_a_curve_without_a_step_is_drawn_without_a_line(tmp_path):
+    """A short run of DAPO in which all groups have equal rewards updates nothing: it has a reward and no entropy."""
+    (tmp_path / "ckpt-000001").mkdir()
+    state = {"step": 1, "stage": "stage4_latent_rl", "finished": True, "config": {"batch": 1, "group": 2}}
+    (tmp_path / "ckpt-000001" / "state.json").write_text(json.dumps(state))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 1.0}) + "\n")
+    plots.draw_curves({"DAPO latent": tmp_path}, tmp_path / "curves.png")
+    assert has_colour(tmp_path / "curves.png", plots.COLOURS["latent"])
+
+
 def test_curves_are_drawn_in_the_colours_of_their_side(tmp_path):
     for side in ("token", "latent"):
         state = tmp_path / side / "ckpt-000003" / "state.json"
