@@ -411,7 +411,7 @@ def main(argv=None):
     add("--teacher-weight", default=5.0, type=float, help="weight of the likeness to the teacher's vectors")
     add("--out", default="runs/smol/tower", type=Path, help="file to write, without its ending")
     add("--naming", default=4000, type=int, help="steps of phase naming")
-    add("--captions", default=1000, type=int, help="steps of phase captions")
+    add("--captions", default=1750, type=int, help="steps of phase captions")
     add("--batch-naming", default=48, type=int, help="scenes a step of phase naming")
     add("--batch", default=16, type=int, help="scenes a step of phase captions")
     add("--lr", default=2e-3, type=float, help="peak learning rate of phase naming; captions: a quarter")
