@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = {str(p.relative_to(ROOT)): p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEST_FILES = sorted((ROOT / "tests").glob("test_*.py"))
-WRITTEN = [page for page in PAGES if page != "docs/examples.md"]  # that one is made by evaluate.py: what models said
+SAID = ("docs/examples.md", "docs/smol_dialogues.md")  # made by evaluate.py and studies/smol.py: what models said
+WRITTEN = [page for page in PAGES if page not in SAID]
 ALGORITHMS = ("GRPO", "Dr.GRPO", "DAPO", "BNPO")
 TESTS = ("ID", "OOD", "LS1", "LS2")
 
@@ -184,11 +185,49 @@ def memory_tables(found):
     return [table for pair in tables for table in pair]
 
 
+def smol_rows():
+    """{model: its numbers}: the table of `make smol`, of README.md and docs/smol.md."""
+    found = read("smol")
+    speech, sides = found["report"]["speech"], found["report"]["curves"]
+    for name, row in found["rows"].items():
+        numbers = {f"{t}, {kind}": row[t]["ratio"] for t, kind in (("ID", "judge ratio"), ("OOD", "judge ratio"))}
+        numbers |= {"diversity": row["diversity"], "likeness": speech[name]["0.1"]["likeness"]}
+        side = sides.get(name, {})
+        numbers |= {k: side.get(v) for k, v in (("rollout, s", "s_rollout"), ("update, s", "s_update"))}
+        yield name, numbers
+
+
+def smol_table(columns):
+    lines = []
+    for name, numbers in smol_rows():
+        lines.append([name, *("" if numbers[c] is None else f"{numbers[c]:.2f}" for c in columns)])
+    return markdown(["row", *columns], lines)
+
+
+def smol_tables():
+    from studies.smol_pages import PAGES as PARTS
+
+    found = read("smol")
+    rates = []
+    for side, by_rate in found["rates"].items():
+        for rate, rewards in by_rate.items():
+            missing = len(found["rate_steps"]) - len(rewards)
+            rates.append([side, rate, *(f"{x:.3f}" for x in rewards), *[""] * missing])
+    head = ["reward", "rate", *(f"step {k}" for k in found["rate_steps"])]
+    report = [PARTS[part](found["report"][part]) for part in PARTS if part in found["report"] and part != "dialogues"]
+    whole = ["ID, judge ratio", "OOD, judge ratio", "likeness", "diversity", "rollout, s", "update, s"]
+    parts = [block for text in report for block in text.split("\n\n") if block.startswith("|")]
+    return [smol_table(whole), markdown(head, rates), *parts]
+
+
 def tables():
     """{page: Markdown tables that it shows}"""
     choices = read("choices")
     return {
-        "README.md": [demo_table(read("demo")["rows"])],
+        "README.md": [
+            demo_table(read("demo")["rows"]),
+            smol_table(["ID, judge ratio", "OOD, judge ratio", "diversity"]),
+        ],
         "docs/results.md": [
             *(t for text in results_tables(read("results")).values() for t in text.split("\n\n")),
             codebook_table(choices),
@@ -197,6 +236,7 @@ def tables():
         "docs/mmrole.md": mmrole_tables(read("real")),
         "docs/choices.md": [settings_table(choices)],
         "docs/gpu_node.md": memory_tables(read("memory")),
+        "docs/smol.md": smol_tables(),
     }
 
 
@@ -460,6 +500,48 @@ def reading_texts():
     ]
 
 
+def smol_texts():
+    """Sentences of docs/smol.md about the run of `make smol`."""
+    found = read("smol")
+    report, rows = found["report"], found["rows"]
+    losses, sides, speech = report["losses"], report["curves"], report["speech"]
+    text, clone, shift = losses["text"], losses["clone"], report["projector"]["stage2"]
+    fixed = {side: [point[1] for point in sides[f"GRPO {side}"]["fixed"]] for side in ("latent", "token")}
+    cost = {side: sides[f"GRPO {side}"] for side in fixed}
+    gib, picture, met = sides["peak_gib"], report["picture"], report["exposure"]
+    latent, token = cost["latent"], cost["token"]
+    models = ("Prompt", "GRPO token", "GRPO latent")
+    again = {(model, t): speech[model][t]["repeated 4-grams"] for model in models for t in ("0.1", "1.0")}
+    go = report["go on"]["BC latent"]
+    return [
+        f"costs {text['inferred'][0]:.2f} nats a token with the inferred codes, {text['vlm'][0]:.2f} under the bare "
+        f"VLM and {text['random'][0]:.2f} with random codes",
+        f"rises from {fixed['latent'][0]:.3f} to {fixed['latent'][-1]:.3f} with latent actions and from "
+        f"{fixed['token'][0]:.3f} to {fixed['token'][-1]:.3f} with tokens",
+        f"takes {latent['s_update']:.1f} s with latent actions and {token['s_update']:.1f} s with tokens, a rollout "
+        f"{latent['s_rollout']:.1f} s and {token['s_rollout']:.1f} s",
+        f"at its peak {gib['rl_latent']:.1f} GiB with latent actions and {gib['rl_token']:.1f} GiB with tokens",
+        f"goes from {rows['BC latent']['ID']['ratio']:.2f} before RL to "
+        f"{rows['GRPO latent']['ID']['ratio']:.2f} on ID and from {rows['BC latent']['OOD']['ratio']:.2f} to "
+        f"{rows['GRPO latent']['OOD']['ratio']:.2f} on OOD",
+        f"at temperature 1 from {speech['BC latent']['1.0']['ratio']:.2f} to "
+        f"{speech['GRPO latent']['1.0']['ratio']:.2f}",
+        f"{again['GRPO latent', '0.1']:.0%} of the 4-grams of an answer are repeated after latent RL, "
+        f"{again['GRPO token', '0.1']:.0%} after token RL, and {again['Prompt', '0.1']:.0%} under the bare VLM",
+        f"At temperature 1 it is {again['GRPO latent', '1.0']:.0%}, {again['GRPO token', '1.0']:.0%} and "
+        f"{again['Prompt', '1.0']:.0%}",
+        f"guesses {clone['agree_demos']:.0%} of the codes of the demonstrations",
+        f"{met['references']['agree']:.0%} of the codes of true answers, and {met['1.0']['agree']:.0%} of those of its "
+        "own at temperature 1",
+        f"is {shift['mse']:.2f} a dimension with P and {shift['identity']:.2f} without",
+        f"moves a state by {shift['shift']:.0%} of its length",
+        f"{picture['right']:.2f} nats a token with the right picture, {picture['another']:.2f} with another one and "
+        f"{picture['none']:.2f} with none",
+        f"The most faithful code says the VLM's own token in {go['share']:.0%} of the cases",
+        f"some code says it in {go['any code']:.0%}",
+    ]
+
+
 def sentences():
     """{page: parts of sentences, with the numbers that they must have}"""
     compared, settings = choice_texts()
@@ -471,6 +553,7 @@ def sentences():
         "docs/mmrole.md": mmrole_texts(),
         "docs/gpu_node.md": memory_texts(),
         "docs/data.md": packed_texts(),
+        "docs/smol.md": smol_texts(),
     }
 
 
@@ -482,6 +565,7 @@ OTHER_NUMBERS = {
     "docs/choices.md": TEMPERATURE | {"0.28"},  # DAPO's upper clip
     "docs/cost.md": {"2.13", "1.13"},  # version of torch; the paper's
     "docs/gpu_node.md": TEMPERATURE | {"3.11"},  # version of Python
+    "docs/smol.md": TEMPERATURE,
     "docs/mmrole.md": TINY | TEMPERATURE,  # 0.1 is also the least judge ratio
 }
 DECIMAL = re.compile(r"(?<![\w.])[-+]?\d*\.\d+|\d ±")
