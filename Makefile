@@ -113,6 +113,7 @@ smol smol-ablations: S2 = --steps-a 80 --steps-b 240 --batch 4 --save-every 40
 smol: DEMOS = --demos $(OUT)/data/task_demos.jsonl --max-length 256
 smol: JUDGE = smol.judge:judge
 smol: export SMOL_VLM = $(OUT)/vlm
+smol: export SMOL_REFERENCES = $(OUT)/data/task_demos.jsonl
 smol: S1 = --steps 120 --batch 4 --save-every 40
 smol: S3 = --steps-clone 240 --steps-adapt 80 --batch 4 --batch-adapt 6 --save-every 40
 smol: SFT = --steps-adapt 80 --batch-adapt 6 --lr-adapt 1e-4 --save-every 20

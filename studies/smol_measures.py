@@ -11,7 +11,7 @@ import common
 from data import DataError, Processor
 from log import read_metrics
 from model import projector_loss
-from studies.smol_run import FOLDERS, nats, states
+from studies.smol_run import FOLDERS, TEMPERATURES, nats, states
 
 ABLATIONS = {
     "full": "stage2",
@@ -128,13 +128,13 @@ def picture_table(run):
 # ------------------------------------------------------------------------------------------------- what a code does
 @torch.no_grad()
 def go_on_table(run):
-    """How far a code can leave the VLM alone: on the VLM's own greedy answers, the share of positions whose most likely
-    token is the bare VLM's.
+    """How far a code can leave the VLM alone: on the VLM's own answers at the table's temperature, the share of
+    positions whose most likely token is the bare VLM's.
 
     -> {model: {code, share, context}}. code: the one that does so most often on the first half of the records; share:
     how often it does on the other half; context: how often e in the place of h does, without any code. Those differ
     on text-only rows, where e is mu of P(h)."""
-    tests, said = run.tests(), run.said()["Prompt"][0.0]
+    tests, said = run.tests(), run.said()["Prompt"][TEMPERATURES[0]]
     pairs = [(r, a.tokens) for test in tests for r, a in zip(tests[test], said[test])]
     examples = [run.continued(r, tokens) for r, tokens in pairs[::2] + pairs[1::2]]
     first, total = sum(len(tokens) for _, tokens in pairs[::2]), sum(len(tokens) for _, tokens in pairs)
@@ -181,12 +181,17 @@ def meanings(run, most=10, shown=8):
         change_V = mean_log_p(run, y_MD) - before_V
         up = change_V.masked_fill(~often_V, -math.inf).topk(shown).indices
         down = change_V.masked_fill(~often_V, math.inf).topk(shown, largest=False).indices
-        stood_V = torch.bincount(ids_M[used_M == code], minlength=len(weight))
         row = {"code": code, "share": float(share_K[code])}
-        for name, tokens in (("raised", up), ("lowered", down), ("said", stood_V.topk(shown).indices)):
+        for name, tokens in (("raised", up), ("lowered", down), ("said", most_often(ids_M[used_M == code], shown))):
             row[name] = [run.processor.tokenizer.decode([t]) for t in tokens.tolist()]
         found.append(row)
     return found
+
+
+def most_often(ids_M, count):
+    """-> the `count` most frequent of these tokens, or all where they are fewer."""
+    tokens, times = ids_M.unique(return_counts=True)
+    return tokens[times.argsort(descending=True, stable=True)[:count]]
 
 
 def mean_log_p(run, y_MD, rows=64):

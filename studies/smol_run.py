@@ -19,8 +19,8 @@ from vlm import VLM, next_token_loss
 FOLDERS = {"SFT": "sft", "BC latent": "stage3", "GRPO token": "rl_token", "GRPO latent": "rl_latent"}
 MODELS = ("Prompt", *FOLDERS)  # as the rows of evaluate.py
 TESTS = evaluate.TESTS["a"]
-# Arg max; that of the table (evaluate.py); that of RL. Of actions on the latent side, of tokens on the other.
-TEMPERATURES = (0.0, 0.1, 1.0)
+# That of the table (evaluate.py); that of RL. Of actions on the latent side, of tokens on the other.
+TEMPERATURES = (0.1, 1.0)
 SAID = "said.json"
 
 

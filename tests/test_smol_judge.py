@@ -51,6 +51,31 @@ def test_what_is_no_answer_gets_little(judge):
     assert cheap[-2:] == [pytest.approx(0.1, abs=0.02)] * 2
 
 
+def test_what_suits_everybody_is_worth_nothing(vlm, monkeypatch):
+    """The usual answers lie in the plane of the first two axes; the reference adds a third one to their mean."""
+    e = {"one": [0.6, 0.8, 0, 0, 0], "two": [0.8, 0.6, 0, 0, 0], "general": [0.5**0.5, 0.5**0.5, 0, 0, 0]}
+    e |= {REFERENCE: [0.5, 0.5, 0.5**0.5, 0, 0], "particular": [0, 0, 1, 0, 0]}
+    e |= {QUESTION: [0, 0, 0, 1, 0], PROFILE: [0, 0, 0, 0, 1]}
+
+    def likeness(usual):
+        judge = Judge(lambda texts: np.array([e[text] for text in texts]), vlm, None, usual)
+        monkeypatch.setattr(judge, "form", lambda texts: dict.fromkeys(texts, 1.0))
+        entries = judge([record()] * 2, ["general", "particular"])
+        return [(scores[0] - 1) / 9 for entry in entries for scores in entry.values()]
+
+    assert likeness(()) == [pytest.approx(0.5**0.5)] * 2
+    assert likeness(["one", "two"]) == [pytest.approx(0, abs=1e-6), pytest.approx(1)]
+
+
+def test_the_usual_answers_come_from_all_over_the_file(tmp_path, monkeypatch):
+    rows = [record(str(k)) for k in range(9)]
+    (tmp_path / "demos.jsonl").write_text("\n".join(map(json.dumps, rows)).replace("<image>", ""))
+    monkeypatch.setattr(smol_judge, "COMMON", 3)
+    assert smol_judge.usual_answers(str(tmp_path / "demos.jsonl")) == ["0", "4", "8"]
+    with pytest.raises(smol_judge.DataError, match="none.jsonl"):
+        smol_judge.usual_answers(str(tmp_path / "none.jsonl"))
+
+
 def test_a_score_by_hand(vlm, monkeypatch):
     """likeness .5, 6 nats of 5 to 7, a fifth of the 4-grams repeated: 1 + 9 * .5 * .5 * .8; the reference 1 + 9."""
     e = {"said": [0.5, 0.75**0.5, 0, 0], REFERENCE: [1.0, 0, 0, 0], QUESTION: [0, 0, 1, 0], PROFILE: [0, 0, 0, 1]}

@@ -82,11 +82,11 @@ def test_parts_are_made_anew_one_by_one(report, folder):
 
 def test_answers_are_drawn_again_when_a_model_is_newer(folder, run, monkeypatch):
     kept = (folder / SAID).read_text()
-    monkeypatch.setattr(Finished, "draw", lambda self, name: {0.0: {"ID": [], "OOD": []}})
-    assert run.said()["SFT"][0.0]["ID"]  # as they were drawn
+    monkeypatch.setattr(Finished, "draw", lambda self, name: {0.1: {"ID": [], "OOD": []}})
+    assert run.said()["SFT"][0.1]["ID"]  # as they were drawn
     state = folder / "rl_token" / "ckpt-000002" / "state.json"
     os.utime(state, (0, 0))
-    assert run.said()["SFT"] == {0.0: {"ID": [], "OOD": []}}
+    assert run.said()["SFT"] == {0.1: {"ID": [], "OOD": []}}
     os.utime(state, (1, 1))
     (folder / SAID).write_text(json.dumps(json.loads(kept) | {"drawn_with": run.drawn_with()}))
 
@@ -227,3 +227,9 @@ def test_the_projector_s_errors_are_those_of_stage_1(run, report):
 def test_six_dialogues_are_of_different_characters(report):
     found = report["dialogues"]
     assert {r["test"] for r in found} <= {"ID", "OOD"} and all(set(r["said"]) == set(MODELS) for r in found)
+
+
+def test_a_code_shows_only_tokens_that_it_stood_for():
+    ids_M = torch.tensor([7, 7, 7, 2, 5, 5])
+    assert measures.most_often(ids_M, 2).tolist() == [7, 5]
+    assert measures.most_often(ids_M, 8).tolist() == [7, 5, 2]
