@@ -65,11 +65,13 @@ def parse_config(cls, doc, argv=None):
         parser.add_argument("--preset", choices=["none", "paper"], default="none", help=f"{text} (default: none)")
     for f in fields:
         known = f"default: {f.default}" + (f"; paper: {paper[f.name]}" if f.name in paper else "")
+        switch = f.metadata["choices"] == ("no", "yes")  # --strict alone says --strict yes
         parser.add_argument(
             "--" + f.name.replace("_", "-"),
             type=type(f.default),
             default=f.default,
             choices=f.metadata["choices"],
+            **({"nargs": "?", "const": "yes"} if switch else {}),
             metavar=None if f.metadata["choices"] else type(f.default).__name__.upper(),
             help=f"{f.metadata['help']} ({known})".replace("%", "%%"),
         )

@@ -155,9 +155,9 @@ def filled(x_NT, length, value):
 class Said:
     """What N rows have said so far: tokens up to and with EOS, padding behind it."""
 
-    def __init__(self, prompt, group, length, eos, pad, ended=None):
+    def __init__(self, prompt, group, length, eos, pad, ended=None, heard=None):
         device, N = prompt.ids_BT.device, len(prompt.ids_BT) * group
-        self.eos, self.pad, self.ended = eos, pad, ended
+        self.eos, self.pad, self.ended, self.heard = eos, pad, ended, heard
         self.tokens_NT = torch.full((N, length), pad, device=device)
         self.mask_NT = torch.zeros(N, length, dtype=torch.bool, device=device)
         self.logp_NT = torch.zeros(N, length, device=device)
@@ -170,10 +170,12 @@ class Said:
         self.supports = []  # with top-k
         self.L, self.length = prompt.ids_BT.shape[1], 0
 
-    def add(self, token_N, logp_N, support_Nk):
-        """One more token a row, the log-probability of what was sampled (the action, or the token), and its support.
+    def add(self, token_N, logp_N, support_Nk, a_N=None):
+        """One more token a row, the log-probability of what was sampled (the action, or the token), its support, and
+        the action, if there is one.
 
-        -> True when all rows have ended. The host looks at the device for that in every fourth step only."""
+        -> True when all rows have ended, or whoever listens has heard enough. The host looks at the device for the
+        former in every fourth step only."""
         t = self.length
         self.tokens_NT[:, t] = torch.where(self.done_N, self.pad, token_N)
         self.mask_NT[:, t] = ~self.done_N
@@ -184,6 +186,8 @@ class Said:
         self.length += 1
         if self.ended and t % 4 == 3:
             self.tell()
+        if self.heard and self.heard(token_N, a_N):
+            return True
         return self.length == self.tokens_NT.shape[1] or (t % 4 == 3 and bool(self.done_N.all()))
 
     def tell(self):
@@ -207,17 +211,22 @@ class Said:
 
 @torch.no_grad()
 @nothing_trains()
-def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad, ended=None):
+def rollout_latent(
+    vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad, ended=None, heard=None, steer=None
+):
     """At each step a_t ~ policy (or the arg max at temperature 0), then x_{t+1} = arg max of f_world(e_t, c_{a_t}).
 
     u_NT: uniforms for N = B * group rows and at most T tokens; `never`: ids that are never said. -> Rollout
 
-    ended: called as ended(row, tokens without EOS) soon after a row has said EOS, while others still speak."""
+    ended: called as ended(row, tokens without EOS) soon after a row has said EOS, while others still speak.
+    heard: called as heard(tokens (N,), codes (N,)) after each step; if it returns True, the rollout ends there.
+    steer: called as steer(t, the policy's logits (N, K)) before the action at t; it is sampled from the logits that
+    this returns. To force a code, all others become minus infinity."""
     room = prompt.ids_BT.shape[1] + u_NT.shape[1]
     encoder = VLMDecoder(vlm, roomy_cache(len(vlm.text.layers), room))
     policy = PolicyDecoder(latent.policy, roomy_cache(len(latent.policy.blocks), room))
     speak, logits_of = latent.speaker(), vlm.scorer()
-    said = Said(prompt, group, u_NT.shape[1], eos, pad, ended)
+    said = Said(prompt, group, u_NT.shape[1], eos, pad, ended, heard)
     # asked once, not at each token; None: every prompt has an image
     paired_N = None if bool(prompt.paired_B.all()) else prompt.paired_B.repeat_interleave(group)
 
@@ -226,11 +235,12 @@ def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k
     e_N1D = e_BLD[:, -1:].repeat_interleave(group, 0)
     actions, contexts = [], []
     for t in range(u_NT.shape[1]):
-        a_N, logp_N, support_Nk = choose(logits_N1K[:, -1], u_NT[:, t], temperature, top_k)
+        logits_NK = steer(t, logits_N1K[:, -1]) if steer else logits_N1K[:, -1]
+        a_N, logp_N, support_Nk = choose(logits_NK, u_NT[:, t], temperature, top_k)
         y_ND = speak(e_N1D[:, 0], a_N)
         token_N = logits_of(y_ND).index_fill_(-1, never, -math.inf).argmax(-1)
         actions.append(a_N)
-        if said.add(token_N, logp_N, support_Nk):
+        if said.add(token_N, logp_N, support_Nk, a_N):
             break
         token_N1, seen_NS = said.last()
         e_N1D = latent.context(encoder.step(token_N1, seen_NS), paired_N)
@@ -242,12 +252,12 @@ def rollout_latent(vlm, latent, prompt, u_NT, *, group=1, temperature=1.0, top_k
 
 @torch.no_grad()
 @nothing_trains()
-def rollout_token(vlm, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad, ended=None):
+def rollout_token(vlm, prompt, u_NT, *, group=1, temperature=1.0, top_k=0, never, eos, pad, ended=None, heard=None):
     """At each step x_{t+1} ~ the VLM's own distribution (or its arg max at temperature 0). Arguments as above. ->
-    Rollout"""
+    Rollout. heard gets None in place of the codes."""
     room = prompt.ids_BT.shape[1] + u_NT.shape[1]
     decoder, logits_of = VLMDecoder(vlm, roomy_cache(len(vlm.text.layers), room)), vlm.scorer()
-    said = Said(prompt, group, u_NT.shape[1], eos, pad, ended)
+    said = Said(prompt, group, u_NT.shape[1], eos, pad, ended, heard)
     h_N1D = decoder.prefill(prompt, group)[:, -1:].repeat_interleave(group, 0)
     for t in range(u_NT.shape[1]):
         token_N, logp_N, support_Nk = choose(logits_of(h_N1D[:, 0]), u_NT[:, t], temperature, top_k, never)

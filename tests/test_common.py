@@ -24,6 +24,7 @@ class Config:
     batch_size: int = option(12, "rows a step", least=1, paper=4)
     steps: int = option(7, "how many")
     out: str = option("runs/here", "folder")
+    dry: str = option("no", "whether to stop before the first step", choices=("no", "yes"))
 
 
 def refused(capsys, *argv):
@@ -36,7 +37,13 @@ def refused(capsys, *argv):
 
 # ----------------------------------------------------------------------------------------------- command line
 def test_without_flags_a_config_has_its_defaults():
-    assert parse_config(Config, "doc", []) == Config(1e-3, "skip", 12, 7, "runs/here") == Config()
+    assert parse_config(Config, "doc", []) == Config(1e-3, "skip", 12, 7, "runs/here", "no") == Config()
+
+
+def test_a_yes_needs_no_word():
+    for flags in (["--dry"], ["--dry", "yes"], ["--dry", "--steps", "7"]):
+        assert parse_config(Config, "doc", flags).dry == "yes"
+    assert parse_config(Config, "doc", ["--dry", "no"]).dry == "no"
 
 
 def test_flags_have_their_field_s_type():

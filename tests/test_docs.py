@@ -563,6 +563,7 @@ OTHER_NUMBERS = {
     "README.md": {"2601.07516", "3.11"},  # the paper on arXiv; version of Python
     "docs/results.md": TINY | TEMPERATURE | {"1.15", "1.13", "0.86", "1.08", "1.04"},  # the paper's
     "docs/choices.md": TEMPERATURE | {"0.28"},  # DAPO's upper clip
+    "docs/chat.md": TEMPERATURE,
     "docs/cost.md": {"2.13", "1.13"},  # version of torch; the paper's
     "docs/gpu_node.md": TEMPERATURE | {"3.11"},  # version of Python
     "docs/smol.md": TEMPERATURE,
