@@ -8,6 +8,7 @@
 # make rehearsal   all commands of docs/gpu_node.md, with the tiny VLM and few records; it needs bash, jq and zcat
 # make tables   the paper's tables in miniature, three seeds -> runs/tables/results/
 # make bench    what a step costs, on random weights -> runs/bench/
+# make atlas    what each code stands for, as one page -> runs/atlas.html; make atlas ATLAS="--run runs/demo"
 # make figures  the two figures that explain the method -> docs/timeline.png, docs/stages.png
 # Each sets up what it needs in .venv. A finished stage is not run again; `rm -rf runs/demo` starts afresh.
 
@@ -49,6 +50,9 @@ rehearsal: .venv/ready-judge
 
 bench: .venv/ready
 	OMP_NUM_THREADS=2 $(PY) -m studies.bench
+
+atlas: .venv/ready runs/world/world.json
+	$(PY) -m studies.atlas $(ATLAS)
 
 figures: .venv/ready
 	$(PY) -m studies.figures

@@ -25,9 +25,14 @@ COMMON = 20  # a token is shown as raised or lowered only if the answers of the 
 def held_out(run, kind):
     """-> the Examples of stage 2's held-out rows of a kind, as stage 2 has read them."""
     cfg = run.state("stage2")["config"]
+    return last_rows(run, cfg, cfg[kind], cfg["val"])
+
+
+def last_rows(run, cfg, path, rows):
+    """-> the Examples of the last `rows` rows of a file, as a stage with the settings `cfg` reads them."""
     processor = Processor(run.name, cfg["max_length"], cfg["max_pixels"], cfg["loss_on"], run.cfg.max_decode)
-    records, found = common.open_records(cfg[kind], run.cfg), []
-    for i in range(len(records) - cfg["val"], len(records)):
+    records, found = common.open_records(path, run.cfg), []
+    for i in range(max(0, len(records) - rows), len(records)):
         try:
             found.append(processor.example(records[i]))
         except DataError:

@@ -36,11 +36,14 @@ class Voice:
 class Finished:
     """The run in the folder cfg.run. Models are loaded when they are asked for; only the frozen VLM stays."""
 
+    needed = ("stage1", "stage2", *FOLDERS.values())  # the folders that must hold finished runs
+
     def __init__(self, cfg, place):
         self.cfg, self.place, self.folder = cfg, place, Path(cfg.run)
+        self.data = self.folder / "data"
         self.settings = checkpoint.read_state(self.folder / "rl_latent")["config"]
         self.name = self.settings["vlm"]
-        for run in ("stage1", "stage2", *FOLDERS.values()):
+        for run in self.needed:
             if not self.state(run)["finished"]:
                 raise DataError(f"--run {cfg.run}: {run} is not finished; the command that began it goes on with it")
         limits = (self.settings["max_prompt"], self.settings["max_pixels"])
@@ -74,7 +77,7 @@ class Finished:
 
     def files(self):
         """What evaluate.records_of reads of a configuration."""
-        return evaluate.Config(data=str(self.folder / "data"), allow_outside=self.cfg.allow_outside)
+        return evaluate.Config(data=str(self.data), allow_outside=self.cfg.allow_outside)
 
     def batches(self, examples):
         """-> Batches of cfg.batch right-padded examples, on the device."""
@@ -142,13 +145,19 @@ class Finished:
 
 # ----------------------------------------------------------------------------------------------------- states, losses
 @torch.no_grad()
+def contexts(run, latent, batch):
+    """-> the VLM's states h and the contexts e of a batch, (B, T, D) each."""
+    with run.place.autocast():
+        h_BTD = run.vlm(batch)
+        return h_BTD, latent.context(h_BTD, batch.paired_B)
+
+
+@torch.no_grad()
 def states(run, latent, batch):
     """Of the explained tokens of a batch: the VLM's states h (M, D) before them, the contexts e (M, D), the tokens (M,)
     and the codes inferred from them (M,), which mean nothing where the run has no inverse dynamics."""
-    at = batch.explained_BT
+    at, (h_BTD, e_BTD) = batch.explained_BT, contexts(run, latent, batch)
     with run.place.autocast():
-        h_BTD = run.vlm(batch)
-        e_BTD = latent.context(h_BTD, batch.paired_B)
         codes_BT = latent.infer_codes(e_BTD)
     return h_BTD[:, :-1][at], e_BTD[:, :-1][at], batch.ids_BT[:, 1:][at], codes_BT[at]
 

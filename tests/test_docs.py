@@ -220,6 +220,55 @@ def smol_tables():
     return [smol_table(whole), markdown(head, rates), *parts]
 
 
+def atlas_tables():
+    """What the codes of the demo's agent do, by seed."""
+    seeds, kinds = read("atlas")["seeds"], {"paired": "paired", "text": "text-only"}
+    said = {"nats": "nats", "entropy": "entropy", "right": "share of places where it is the most likely one"}
+    ways, lines = ("vlm", "any", "code"), []
+    for kind, name in kinds.items():
+        for key, what in said.items():
+            lines.append([f"{name}, {what}", *(spread([s[kind][key][way] for s in seeds]) for way in ways)])
+    head = ["next token", "bare VLM", "world model, code unknown", "world model, code known"]
+    rows = {
+        "codes": "codes",
+        "used": "inferred at least once in the held-out rows",
+        "groups": "really different",
+        "groups open": "really different, places alone where not all codes say the same",
+    }
+    counts = [[what, spread([s["codes"][key] for s in seeds], 0)] for key, what in rows.items()]
+    several = {
+        "different": "tokens that all codes can say at one place",
+        "open": "places where not all codes say the same",
+    }
+    for kind, name in kinds.items():
+        counts += [[f"{what}, {name}", spread([x[kind][key] for x in seeds], 2)] for key, what in several.items()]
+    return [markdown(head, lines), markdown(["codebook", "number"], counts)]
+
+
+def atlas_texts():
+    """Sentences of docs/atlas.md."""
+    found = read("atlas")
+    first, share = found["seeds"][0], found["share"]
+    paired, text = first["paired"], first["text"]
+    places = paired["places"] + text["places"]
+    several, opened = (sum(x["places"] * x[name] for x in (paired, text)) for name in ("different", "open"))
+    change = np.subtract(share["after"], share["before"])
+    up, down = change.argmax(), change.argmin()
+    shares = [f"code {k} from {share['before'][k]:.1%} of its tokens to {share['after'][k]:.1%}" for k in (up, down)]
+    return [
+        f"{places} places",
+        f"the next token costs {paired['nats']['vlm']:.2f} nats under the bare VLM and "
+        f"{paired['nats']['code']:.2f} nats with the code; on text-only data it is {text['nats']['vlm']:.2f} and "
+        f"{text['nats']['code']:.2f}",
+        f"costs {text['nats']['any']:.2f} nats on text-only data, more than under the bare VLM",
+        f"At {1 - opened / places:.0%} of the places all {first['codes']['codes']} codes lead to the same token, "
+        f"and at the others to {(several - places + opened) / opened:.1f} different ones by the mean",
+        f"its most frequent token at {first['codes']['favourite']:.0%} of the places",
+        f"RL raises {shares[0]}",
+        f"lowers {shares[1]}",
+    ]
+
+
 def tables():
     """{page: Markdown tables that it shows}"""
     choices = read("choices")
@@ -237,6 +286,7 @@ def tables():
         "docs/choices.md": [settings_table(choices)],
         "docs/gpu_node.md": memory_tables(read("memory")),
         "docs/smol.md": smol_tables(),
+        "docs/atlas.md": atlas_tables(),
     }
 
 
@@ -554,6 +604,7 @@ def sentences():
         "docs/gpu_node.md": memory_texts(),
         "docs/data.md": packed_texts(),
         "docs/smol.md": smol_texts(),
+        "docs/atlas.md": atlas_texts(),
     }
 
 
