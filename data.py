@@ -96,6 +96,16 @@ class Batch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # model types that tests/test_other_vlm.py has tried
+
+
+def check_type(name, config):
+    """Refuse a model of a type that was never tried: it would fail in the middle of a run, or be wrong in silence."""
+    if config.model_type not in KINDS:
+        known = ", ".join(KINDS)
+        raise DataError(f"--vlm {name}: its model type is '{config.model_type}'; the types that work are {known}")
+
+
 def _name(record):
     """What a message calls a record: its file and row, if it came from a file."""
     return record.get("where", record.get("id", "record"))
@@ -120,14 +130,15 @@ class Processor:
         loss_on: 'response' (the paper's L_inverse, without the release's prompt tokens) or 'all' text."""
         size = {"shortest_edge": 28 * 28, "longest_edge": max_pixels}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(find(vlm), trust_remote_code=False)
+            self.config = AutoConfig.from_pretrained(find(vlm), trust_remote_code=False)
+            check_type(vlm, self.config)
+            self.tokenizer = AutoTokenizer.from_pretrained(vlm, trust_remote_code=False)
             self.images = AutoImageProcessor.from_pretrained(vlm, size=size, trust_remote_code=False)
-            self.config = AutoConfig.from_pretrained(vlm, trust_remote_code=False)
         except DataError:
             raise
         except Exception as e:  # whatever a broken folder makes the library raise
             reason = str(e).strip().partition("\n")[0][:200]
-            raise DataError(f"--vlm {vlm}: its tokenizer or image processor does not load ({reason})") from None
+            raise DataError(f"--vlm {vlm}: its config, tokenizer or image processor does not load ({reason})") from None
         if not self.tokenizer.chat_template:
             raise DataError(f"--vlm {vlm}: its tokenizer has no chat template; give a checkpoint that can chat")
         self.max_length, self.max_pixels, self.max_decode, self.loss_on = max_length, max_pixels, max_decode, loss_on

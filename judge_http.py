@@ -36,7 +36,7 @@ import common
 from common import Everywhere, option
 from data import DataError
 from judge_parse import parse
-from judge_request import Prompt, data_url
+from judge_request import Prompt, data_url, limits, refuses_limits
 from pictures import PictureError
 
 TRIES = 2  # calls for one judgement, at most: an answer that cannot be read is asked for again
@@ -60,6 +60,7 @@ class Judging(Everywhere):
     judge_fail: float = option(0.5, "http: the run ends when more than this share of the last 50 judgements failed")
     judge_cache: str = option("", "http: file that keeps the answers; '': judge.sqlite in --out")
     judge_tokens: int = option(1024, "http: longest answer of the judge, tokens", least=1)
+    judge_reasoning: str = option("no", "http: the judge reasons before it answers", choices=("no", "yes"))
     judge_pixels: int = option(512 * 512, "http: pictures are scaled down to this many pixels", least=1)
     judge_price_in: float = option(0.0, "http: price of a million tokens of requests, for the cost in the log")
     judge_price_out: float = option(0.0, "http: price of a million tokens of the judge's answers")
@@ -174,7 +175,8 @@ class HttpJudge:
         except PictureError as e:
             raise DataError(f"{record.get('where')}: the judge cannot be shown the picture ({e})") from None
         messages, first = self.prompt.messages(record, response, urls)
-        request = {"model": cfg.judge_model, "messages": messages, "temperature": 0, "max_tokens": cfg.judge_tokens}
+        request = {"model": cfg.judge_model, "messages": messages}
+        request |= limits(cfg.judge_tokens, cfg.judge_reasoning == "yes")
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         if key not in self.asked:
             self.asked[key] = future = Future()
@@ -223,7 +225,7 @@ class HttpJudge:
             text = "(cut off)" if choice.finish_reason == "length" else choice.message.content or ""
         except self.openai.APIStatusError as e:
             self.why = self.words(e)
-            if e.status_code in HOPELESS:
+            if e.status_code in HOPELESS or refuses_limits(e):
                 self.stop = str(self.hopeless(e))
             return None, None
         except self.openai.APIConnectionError as e:  # a time-out, too
@@ -263,6 +265,7 @@ class HttpJudge:
     def hopeless(self, e):
         """-> DataError for what no further call can mend."""
         cures = {
+            400: "a model that reasons needs --judge-reasoning yes, and --judge-tokens enough for its thoughts as well",
             401: f"put the right key into the environment variable {self.cfg.judge_key}",
             403: f"the key in {self.cfg.judge_key} may not use this model",
             404: f"--judge-model {self.cfg.judge_model} must be on the server, and the URL must end where /chat begins",

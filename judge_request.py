@@ -72,6 +72,20 @@ def dialogue(record):
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages[:last])
 
 
+def limits(tokens, reasoning):
+    """-> the fields of a request beside model and messages. A model that reasons before it answers takes no
+    temperature, and has another name for the limit, because its thoughts count as well."""
+    return {"max_completion_tokens": tokens} if reasoning else {"temperature": 0, "max_tokens": tokens}
+
+
+def refuses_limits(error):
+    """Is this error of the package openai a refusal of the fields `temperature` or `max_tokens` themselves? A model
+    that reasons refuses them in every request. (A prompt that is too long is a 400, too, and of one request alone.)"""
+    said = str(error)
+    named = re.search("temperature|max_tokens", said) and re.search("(?i)unsupported|not support", said)
+    return getattr(error, "status_code", None) == 400 and bool(named)
+
+
 @lru_cache(maxsize=256)
 def data_url(path, max_decode, max_pixels):
     """A picture of at most so many pixels, as a data URL (JPEG). PictureError as in pictures.load."""

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-from data import DataError, find
+from data import DataError, check_type, find
 from packed_linear import pack, product
 
 hf_logging.disable_progress_bar()  # one bar a run is enough
@@ -121,12 +121,13 @@ def check_kind(name, vlm):
 
 
 class VLM(nn.Module):
-    """A Hugging Face image-text-to-text model of Qwen2.5-VL's kind, frozen: h = f_VLM(x), and the LM head."""
+    """A Hugging Face image-text-to-text model of a type in data.KINDS, frozen: h = f_VLM(x), and the LM head."""
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
         """name: a folder or hub name, or a configuration (random weights, for the benchmark)."""
         super().__init__()
         self.model = load_model(name, dtype).to(device).eval().requires_grad_(False)
+        check_type(name, self.model.config)
         self.body = self.model.base_model
         self.head = self.model.get_output_embeddings()
         self.text = getattr(self.body, "language_model", self.body)

@@ -14,6 +14,7 @@ requests in turn, each request being one fault only, at its first time; when ask
     close     nothing at all, the connection is closed
     slow      nothing, for 3 seconds
     die       this process ends
+    reasoning a model that reasons: it refuses the fields temperature and max_tokens, always, as OpenAI's do
     401, 404  that status, always
 
 SECONDS: how long a good answer takes; below 0: as long, but for the first dialogue that is asked about. LOG gets a line
@@ -75,9 +76,11 @@ class Handler(BaseHTTPRequestHandler):
         with LOCK:
             first = key not in SEEN
             SEEN.append(key)
-            fault = FAULTS[(len(set(SEEN)) - 1) % len(FAULTS)] if first else "ok"
+            fault = FAULTS[(len(set(SEEN)) - 1) % len(FAULTS)] if first or "reasoning" in FAULTS else "ok"
         if {"401", "404"} & set(FAULTS) or not self.known():
             fault = FAULTS[0] if "404" in FAULTS else "401"
+        if fault == "reasoning":
+            return self.reason(key, json.loads(body))
         if fault.isdigit():
             log(key, fault)
             return self.status(int(fault))
@@ -94,6 +97,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.answer(key, json.loads(body), fault)
+
+    def reason(self, key, request):
+        """A model that reasons: it says of the first field that it does not take what OpenAI's models say."""
+        if "max_tokens" in request:
+            words = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
+        elif "temperature" in request:
+            words = "Unsupported value: 'temperature' does not support 0 with this model."
+        else:
+            assert request["max_completion_tokens"] > 0
+            return self.answer(key, request, "ok")
+        log(key, "reasoning")
+        self.send(json.dumps({"error": {"message": words, "type": "invalid_request_error"}}), 400)
 
     def answer(self, key, request, fault):
         parts = request["messages"][1]["content"]

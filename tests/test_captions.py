@@ -47,3 +47,39 @@ def test_folders_without_captions_are_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([str(tmp_path / "none")])
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def n24news(folder):
+    """The archive of N24News: the fields of its list, one picture that is not there, and a caption that is empty."""
+    (folder / "news").mkdir(parents=True)
+    (folder / "imgs").mkdir()
+    captions = ["Antarctica21&rsquo;s ship.", "A torn picture.", "", "No picture.", "The &ldquo;Kura&rdquo; chain."]
+    rows = []
+    for k, caption in enumerate(captions):
+        name = f"42d25485-0e48-50bf-8d16-94883{k:07}"
+        row = {"section": "Travel", "headline": "News", "abstract": "Here.", "caption": caption, "image_id": name}
+        row |= {"image_url": f"https://x/{k}.jpg", "article_url": f"https://x/{k}.html", "body": "Long."}
+        rows.append(row)
+        if k != 3:
+            Image.new("RGB", (84, 56), (40 * k, 0, 90)).save(folder / "imgs" / f"{name}.jpg")
+    (folder / "news/nytimes_dataset.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_n24news_becomes_records_in_its_order(tmp_path, capsys):
+    main([str(n24news(tmp_path)), "--form", "n24news"])
+    assert json.loads(capsys.readouterr().out) == {"records": 3, "refused": {"an empty caption": 1, "no image": 1}}
+    records = Records(tmp_path / "paired.jsonl")
+    said = [records[i]["messages"][1]["content"] for i in range(3)]
+    assert said == ["Antarctica21\u2019s ship.", "A torn picture.", "The \u201cKura\u201d chain."]
+    assert scan(records, Processor(TINY, 400), decode=True).usable.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", [None, "[", '["x"]', '[{"caption": "x"}]'])
+def test_no_n24news_is_refused_in_one_line(tmp_path, text):
+    n24news(tmp_path)
+    news = tmp_path / "news/nytimes_dataset.json"
+    news.unlink() if text is None else news.write_text(text)
+    with pytest.raises(DataError, match=r"news/nytimes_dataset.json: cannot be read .*; unpack the archive of N24News"):
+        convert_captions(tmp_path, "n24news")
+    assert not (tmp_path / "paired.jsonl").exists()

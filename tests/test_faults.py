@@ -39,7 +39,7 @@ def without_template(folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (of_text_alone, "config.json has no image_token_id"),
+        (of_text_alone, "its model type is 'qwen2'; the types that work are qwen2_vl, "),
         (without_template, "its tokenizer has no chat template"),
     ],
 )

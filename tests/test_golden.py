@@ -28,9 +28,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def ask(server, folder):
+def ask(server, folder, *more):
     queries, out = f"{folder}/data/queries.jsonl", f"{folder}/answers.jsonl"
-    main([queries, "--url", server.url, "--model", "m", "--out", out, "--parallel", "3"])
+    main([queries, "--url", server.url, "--model", "m", "--out", out, "--parallel", "3", *more])
 
 
 def said(folder):
@@ -69,3 +69,13 @@ def test_what_would_fail_for_all_ends_it_at_once(folder, server, capsys, fault, 
     assert e.value.code == 2 and error.count("\n") == 1 and f"error: --url {server.url}" in error
     assert KEY not in error and not said(folder)
     assert len(server.lines()) < 26
+
+
+def test_a_model_that_reasons_needs_its_flag(folder, server, capsys):
+    with pytest.raises(SystemExit):
+        ask(server.begin("reasoning"), folder)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: --model m: the server refuses (BadRequestError")
+    assert "needs --reasoning" in error and len(server.answered("reasoning")) < 26 and not said(folder)
+    ask(server, folder, "--reasoning")
+    assert len(said(folder)) == 26

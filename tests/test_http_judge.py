@@ -22,7 +22,7 @@ import judge_http
 import stage4_latent_rl
 from data import DataError
 from judge_http import Cache, HttpJudge
-from judge_request import Prompt, data_url
+from judge_request import Prompt, data_url, refuses_limits
 from rewards import judgements, load_judge
 
 pytest.importorskip("openai", reason="requirements-judge.txt")
@@ -276,6 +276,33 @@ def test_a_model_that_is_not_there_ends_the_run_at_once(server, tmp_path):
     assert len(server.answered("404")) == 1 and KEY not in str(e.value)
 
 
+def test_a_model_that_reasons_needs_its_flag(server, tmp_path):
+    """It refuses `temperature` and `max_tokens`: the first call says so, and what to do."""
+    server.begin("reasoning")
+    with pytest.raises(DataError, match="refuses .BadRequestError.*max_tokens.* needs --judge-reasoning yes"):
+        HttpJudge(server.url, config(tmp_path, judge_parallel=1))(RECORDS, TEXTS)
+    assert len(server.answered("reasoning")) == 1
+    assert_by_hand(HttpJudge(server.url, config(tmp_path, judge_reasoning="yes"))(RECORDS, TEXTS))
+
+
+class Refused(Exception):
+    status_code = 400
+
+
+@pytest.mark.parametrize(
+    "said, refuses",
+    [
+        ("Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value.", True),
+        ("Unsupported parameter: 'max_tokens' is not supported with this model.", True),
+        ("'max_tokens' is too large: 1024. This model's maximum context length is 4096 tokens.", False),
+        ("Unsupported parameter: 'messages[0].role' does not support 'system' with this model.", False),
+    ],
+)
+def test_a_refused_field_is_told_from_a_refused_prompt(said, refuses):
+    assert refuses_limits(Refused(said)) == refuses
+    assert not refuses_limits(ValueError(said))
+
+
 def test_too_many_failures_of_the_last_end_the_run(server, tmp_path, monkeypatch):
     monkeypatch.setattr(judge_http, "TRIES", 1)
     monkeypatch.setattr(judge_http, "WINDOW", 4)
@@ -380,6 +407,43 @@ def test_rl_ends_with_the_same_weights_whatever_the_server_does(server, flags, r
     assert [r["judge_failed"] for r in rows] == [0, 0, 0] and rows[-1]["judge_calls"] > 0
     assert KEY not in (checkpoint.latest(out) / "state.json").read_text() + (out / "metrics.jsonl").read_text()
     assert KEY.encode() not in (out / "judge.sqlite").read_bytes()
+
+
+def test_a_group_that_is_drawn_again_is_judged_alone_and_counted_once(server, flags, runs, tmp_path, monkeypatch):
+    """Two prompts, and the scores of one of them are equal at first. It alone is drawn again, with other noise, and the
+    judge is asked for the new responses: about some while others are still being rolled out, about each once."""
+    server.begin()
+    calls, early = [], []
+    real_call, real_foresee = HttpJudge.__call__, HttpJudge.foresee
+
+    def call(self, records, texts):
+        calls.append([(r["id"], text) for r, text in zip(records, texts)])
+        entries = real_call(self, records, texts)
+        if len(calls) == 1:  # the second prompt's group of four is equal, and one judgement failed
+            entries[4:] = [dict(entries[4]), None, dict(entries[4]), dict(entries[4])]
+        return entries
+
+    def foresee(self, records, texts):
+        early.append(len(texts))
+        return real_foresee(self, records, texts)
+
+    monkeypatch.setattr(HttpJudge, "__call__", call)
+    monkeypatch.setattr(HttpJudge, "foresee", foresee)
+    argv = rl(flags, runs, server, tmp_path, "--resample", "1")
+    for flag, value in {"--steps": "1", "--group": "4", "--max-new": "24"}.items():
+        argv[argv.index(flag) + 1] = value
+    stage4_latent_rl.main([*argv, "--temperature", "2"])
+
+    first, second = calls
+    (row,) = common.read_metrics(tmp_path)
+    assert len(first) == 8 and {name for name, _ in second} == {first[4][0]} and len(second) == 4
+    assert row["resampled"] == 1 and row["judge_failed"] == 0  # what failed was drawn again
+    assert len(set(second) - set(first)) > 1  # other noise, other responses
+    asked = set(first) | set(second)
+    assert len(server.answered()) == len(set(server.answered())) == len(asked) == row["judge_calls"]
+    assert row["judge_cached"] == len(set(first) & set(second))  # what was said before is in the file
+    assert row["judge_tokens_in"] == 100 * len(asked)
+    assert 8 in early and 4 in early and early.count(1) > 0  # whole batches, and single rows before them
 
 
 @pytest.mark.all

@@ -1,5 +1,6 @@
 """Kills at any moment: the same command again ends where the run would have ended. `make test-all` has the storms."""
 
+import contextlib
 import json
 import os
 import random
@@ -241,16 +242,28 @@ def test_ctrl_c_under_torchrun(commands, undisturbed, tmp_path):
 # --------------------------------------------------------------------------------------------------------- workers
 def below(process):
     """-> the ids of the processes that this one has started, and that are at work."""
-    found = [(p.name, (p / "stat").read_text().rpartition(")")[2].split()) for p in Path("/proc").glob("[0-9]*")]
-    return [int(pid) for pid, (state, parent, *_) in found if int(parent) == process.pid and state != "Z"]
+    found = []
+    for p in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # any process of the machine may end meanwhile
+            state, parent, *_ = (p / "stat").read_text().rpartition(")")[2].split()
+            if int(parent) == process.pid and state != "Z":
+                found.append(int(p.name))
+    return found
+
+
+def at_work(pid):
+    """Does this process still run? One that has ended and is not waited for yet counts as ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def gone(pids, seconds=30):
     """Have all of them ended, at the latest so many seconds from now?"""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        states = [Path(f"/proc/{pid}/stat") for pid in pids]
-        if all(not s.exists() or s.read_text().rpartition(")")[2].split()[0] == "Z" for s in states):
+        if not any(at_work(pid) for pid in pids):
             return True
         time.sleep(0.01)
     return False

@@ -21,11 +21,12 @@ import time
 import pytest
 from helpers import ROOT
 from PIL import Image
-from test_captions import img2dataset
+from test_captions import img2dataset, n24news
 from test_http_judge import KEY, Server
 from test_mmrole import raw_mmrole
 from test_pcogalign import pcogalign, records
 from test_slurm import linked, scripts
+from test_wikiweb2m import PAGES, tfrecord
 
 import checkpoint
 
@@ -39,6 +40,7 @@ SUBSTITUTED = {
     "--nproc-per-node 8": "--nproc-per-node 2",
     "--nproc-per-node 4": "--nproc-per-node 2",
     "--processes 8": "--processes 2",
+    "--workers 4": "--workers 1",
     "--val 64": "--val 2",
     'FIT_SFT=""': 'FIT_SFT="--micro 1"',
     'FIT_LATENT=""': 'FIT_LATENT="--micro 4"',
@@ -63,7 +65,7 @@ NOT_RUN = [
     ". .venv/bin/activate",
     "pip install -r requirements.txt -r requirements-judge.txt",
     "python3 -m venv .venv-fetch",
-    ".venv-fetch/bin/pip install img2dataset",
+    ".venv-fetch/bin/pip install img2dataset gdown",
     "hf download YanqiDai/MMRole_dataset --repo-type dataset --local-dir fetched/MMRole",
     "wget -P fetched http://images.cocodataset.org/zips/train2017.zip",
     "unzip -q fetched/train2017.zip -d fetched/MMRole/images/COCO",
@@ -72,6 +74,11 @@ NOT_RUN = [
     "(printf 'url\\tcaption\\n'; head -n 30000 fetched/cc12m.tsv) > fetched/cc12m-30000.tsv",
     ".venv-fetch/bin/img2dataset --url_list fetched/cc12m-30000.tsv --input_format tsv --url_col url --caption_col "
     "caption --output_format files --output_folder data/cc12m --image_size 420 --resize_mode keep_ratio",
+    ".venv-fetch/bin/gdown 1OS1fXwZ1Vsj70lEQajccyssxQRYp5X9D -O fetched/N24News.zip",
+    "unzip -q fetched/N24News.zip -d data/n24news",
+    "wget -P fetched https://storage.googleapis.com/gresearch/wit/wikiweb2m/$WIKI",
+    ".venv-fetch/bin/img2dataset --url_list fetched/wikiweb2m.tsv --input_format tsv --url_col url --caption_col "
+    "caption --output_format files --output_folder data/wikiweb2m --image_size 420 --resize_mode keep_ratio",
     'hf download lmms-lab/LLaVA-NeXT-Data --repo-type dataset --include "llava_next_raw_format/*" --local-dir '
     "fetched/LLaVA",
     "mkdir -p data/llava",
@@ -172,6 +179,9 @@ def fetch(folder):
         picture(fetched / f"MMRole/images/COCO/{k}.jpg", (84, 84), "blue")
     pcogalign(fetched / "PCogAlignBench", golden=False, below="version_v4")
     img2dataset(data / "cc12m")
+    img2dataset(data / "wikiweb2m")
+    n24news(data / "n24news")
+    tfrecord(fetched / "wikiweb2m-train.tfrecord.gz-00000-of-00005", PAGES)
     llava(fetched, data)
     helpsteer(fetched)
     slimpajama(fetched)
@@ -234,7 +244,9 @@ def server(folder):
 def test_what_is_not_run_and_what_is_changed_stands_on_the_page():
     """Quick: without the run. Nothing that downloads is left."""
     text = script("http://judge")
-    left = [line for line in text.splitlines() if re.match(r"(\S*/)?(hf|wget|pip|img2dataset|vllm|unzip|zstd) ", line)]
+    left = [
+        line for line in text.splitlines() if re.match(r"(\S*/)?(hf|wget|pip|img2dataset|gdown|vllm|unzip|zstd) ", line)
+    ]
     assert left == [] and "Qwen/Qwen2.5-VL-3B" not in text
     for name, flags in SMALL.items():
         lines = [line for line in text.splitlines() if f" {name} " in line]
@@ -286,9 +298,10 @@ def check_table(lines, tests):
 def check_data(folder):
     """How many records there are, by hand, and where their pictures lie."""
     paired, text = (records(folder / f"data/{name}.jsonl") for name in ("paired", "text"))
-    assert len(paired) == 5 + 12  # of the 8 captions 3 cannot be read
+    assert len(paired) == 5 + 3 + 5 + 12  # of the 8 captions of img2dataset 3 cannot be read, of N24News's 5 two
+    assert (folder / "fetched/wikiweb2m.tsv").read_text().count("\n") == 1 + 3
     assert all((folder / "data" / row["image"]).is_file() for row in paired)
-    assert {row["image"].split("/")[0] for row in paired} == {"cc12m", "llava"}
+    assert {row["image"].split("/")[0] for row in paired} == {"cc12m", "n24news", "wikiweb2m", "llava"}
     assert len(text) == 5 + 20
     assert [row["messages"][-1]["content"] for row in text[:5]] == ["first"] * 3 + ["second"] * 2
     sizes = {p.stem: len(records(p)) for p in (folder / "data").glob("*/task*.jsonl")}

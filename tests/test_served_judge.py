@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def url(examiner, tmp_path_factory):
         assert process.poll() is None, Path(log.name).read_text()[-2000:]
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5)
+            break
+        except urllib.error.HTTPError:  # it is there; without any model in its cache it has no list of them
             break
         except OSError:
             time.sleep(0.5)

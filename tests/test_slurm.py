@@ -90,6 +90,7 @@ def test_all_stages_run_in_order_with_16_dialogues_a_step(tmp_path, nodes, batch
     outs = ["stage1", "stage2", "clone", "mmrole/adapted", "mmrole/sft", "pcogalign/adapted", "pcogalign/sft"]
     assert [cfg.out for _, cfg in commands] == [f"runs/3b/{out}" for out in outs]
     assert {cfg.batch for _, cfg in commands[:3]} == {cfg.batch_adapt for _, cfg in commands[3:]} == {batch}
+    assert {cfg.workers for _, cfg in commands} == {4}
     assert {cfg.steps_adapt for _, cfg in commands[3:]} == {30}  # three times 160 demonstrations
     assert commands[5][1].demos == "data/pcogalign/task_b_demos.jsonl"
 
