@@ -35,7 +35,7 @@ BEST = "best"
 MAY_CHANGE = ("out", "save_every", "keep", "micro", "checkpointing", "timeout", "states", "states_gib")
 MAY_CHANGE += ("workers", "log")
 MAY_CHANGE += ("judge_key", "judge_parallel", "judge_timeout", "judge_retries", "judge_fail", "judge_cache")
-MAY_CHANGE += ("judge_price_in", "judge_price_out")
+MAY_CHANGE += ("judge_price_in", "judge_price_out", "judge_reasoning")  # a model takes one kind of request alone
 
 
 def rank():
