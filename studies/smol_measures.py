@@ -83,9 +83,8 @@ def with_picture(run):
 
 
 def projector_table(run):
-    """-> {run: `projector_errors`} of stage 1, stage 2 and its ablations, those that are there."""
-    variants = ["stage1", "stage2", *list(ABLATIONS.values())[1:]]
-    there = [v for v in variants if checkpoint.latest(run.folder / v)]
+    """-> {run: `projector_errors`} of the runs that train a projector, those that are there."""
+    there = [v for v in ("stage1", "stage2", "without_cycle") if checkpoint.latest(run.folder / v)]
     return {v: projector_errors(run, run.latent(v, "projector")) for v in there}
 
 

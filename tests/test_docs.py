@@ -208,16 +208,18 @@ def smol_tables():
     from studies.smol_pages import PAGES as PARTS
 
     found = read("smol")
-    rates = []
-    for side, by_rate in found["rates"].items():
+    earlier, rates = found["earlier"], []
+    for side, by_rate in earlier["rates"].items():
         for rate, rewards in by_rate.items():
-            missing = len(found["rate_steps"]) - len(rewards)
+            missing = len(earlier["steps"]) - len(rewards)
             rates.append([side, rate, *(f"{x:.3f}" for x in rewards), *[""] * missing])
-    head = ["reward", "rate", *(f"step {k}" for k in found["rate_steps"])]
+    head = ["reward", "rate", *(f"step {k}" for k in earlier["steps"])]
+    fooled = [[name, f"{r['ratio']:.2f}", f"{earlier['judge'][name]['ratio']:.2f}"] for name, r in found["judge"].items()]
     report = [PARTS[part](found["report"][part]) for part in PARTS if part in found["report"] and part != "dialogues"]
     whole = ["ID, judge ratio", "OOD, judge ratio", "likeness", "diversity", "rollout, s", "update, s"]
     parts = [block for text in report for block in text.split("\n\n") if block.startswith("|")]
-    return [smol_table(whole), markdown(head, rates), *parts]
+    judged = markdown(["text in the place of an answer", "judge ratio", "without the third direction"], fooled)
+    return [smol_table(whole), judged, markdown(head, rates), *parts]
 
 
 def atlas_tables():
