@@ -214,7 +214,9 @@ def smol_tables():
             missing = len(earlier["steps"]) - len(rewards)
             rates.append([side, rate, *(f"{x:.3f}" for x in rewards), *[""] * missing])
     head = ["reward", "rate", *(f"step {k}" for k in earlier["steps"])]
-    fooled = [[name, f"{r['ratio']:.2f}", f"{earlier['judge'][name]['ratio']:.2f}"] for name, r in found["judge"].items()]
+    fooled = [
+        [name, f"{r['ratio']:.2f}", f"{earlier['judge'][name]['ratio']:.2f}"] for name, r in found["judge"].items()
+    ]
     report = [PARTS[part](found["report"][part]) for part in PARTS if part in found["report"] and part != "dialogues"]
     whole = ["ID, judge ratio", "OOD, judge ratio", "likeness", "diversity", "rollout, s", "update, s"]
     parts = [block for text in report for block in text.split("\n\n") if block.startswith("|")]
@@ -277,7 +279,6 @@ def tables():
     return {
         "README.md": [
             demo_table(read("demo")["rows"]),
-            smol_table(["ID, judge ratio", "OOD, judge ratio", "diversity"]),
         ],
         "docs/results.md": [
             *(t for text in results_tables(read("results")).values() for t in text.split("\n\n")),
@@ -564,12 +565,20 @@ def smol_texts():
     latent, token = cost["latent"], cost["token"]
     models = ("Prompt", "GRPO token", "GRPO latent")
     again = {(model, t): speech[model][t]["repeated 4-grams"] for model in models for t in ("0.1", "1.0")}
-    go = report["go on"]["BC latent"]
+    go, less = report["go on"]["BC latent"], report["ablations"]
+    easy = {side: found["earlier"]["rates"][side]["1e-4"] for side in fixed}
     return [
         f"costs {text['inferred'][0]:.2f} nats a token with the inferred codes, {text['vlm'][0]:.2f} under the bare "
         f"VLM and {text['random'][0]:.2f} with random codes",
-        f"rises from {fixed['latent'][0]:.3f} to {fixed['latent'][-1]:.3f} with latent actions and from "
-        f"{fixed['token'][0]:.3f} to {fixed['token'][-1]:.3f} with tokens",
+        f"is {fixed['latent'][0]:.3f} before RL, {max(fixed['latent']):.3f} at its highest and "
+        f"{fixed['latent'][-1]:.3f} at the end with latent actions, and {fixed['token'][0]:.3f}, "
+        f"{max(fixed['token']):.3f} and {fixed['token'][-1]:.3f} with tokens",
+        f"rose from {easy['latent'][0]:.3f} to {easy['latent'][-1]:.3f} with latent actions and from "
+        f"{easy['token'][0]:.3f} to {easy['token'][-1]:.3f} with tokens",
+        f"a little less, {less['without the projector']['text']['val_inferred']:.2f} nats a token instead of "
+        f"{less['full']['text']['val_inferred']:.2f}",
+        f"worse, {less['without text-only data']['paired']['val_inferred']:.2f} and "
+        f"{less['without text-only data']['text']['val_inferred']:.2f} nats",
         f"takes {latent['s_update']:.1f} s with latent actions and {token['s_update']:.1f} s with tokens, a rollout "
         f"{latent['s_rollout']:.1f} s and {token['s_rollout']:.1f} s",
         f"at its peak {gib['rl_latent']:.1f} GiB with latent actions and {gib['rl_token']:.1f} GiB with tokens",
@@ -594,11 +603,23 @@ def smol_texts():
     ]
 
 
+def smol_front():
+    """The sentence of README.md about the run of `make smol`."""
+    rows = read("smol")["rows"]
+    ratio = {(row, test): f"{rows[row][test]['ratio']:.2f}" for row in rows for test in ("ID", "OOD")}
+    return [
+        f"its ratio is {ratio['BC latent', 'ID']} before latent RL and {ratio['GRPO latent', 'ID']} after, with new "
+        f"ones {ratio['BC latent', 'OOD']} and {ratio['GRPO latent', 'OOD']}; token RL, from SFT, goes from "
+        f"{ratio['SFT', 'ID']} to {ratio['GRPO token', 'ID']} and from {ratio['SFT', 'OOD']} to "
+        f"{ratio['GRPO token', 'OOD']}",
+    ]
+
+
 def sentences():
     """{page: parts of sentences, with the numbers that they must have}"""
     compared, settings = choice_texts()
     return {
-        "README.md": readme_texts(),
+        "README.md": readme_texts() + smol_front(),
         "docs/results.md": claims() + table_texts() + code_texts() + compared,
         "docs/choices.md": settings,
         "docs/cost.md": bench_texts() + reading_texts(),
