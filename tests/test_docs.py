@@ -566,6 +566,10 @@ def smol_texts():
     models = ("Prompt", "GRPO token", "GRPO latent")
     again = {(model, t): speech[model][t]["repeated 4-grams"] for model in models for t in ("0.1", "1.0")}
     go, less = report["go on"]["BC latent"], report["ablations"]
+    other, own = "of another character, another question", "the VLM, temperature 1"
+    judges = {"now": found["judge"], "earlier": found["earlier"]["judge"]}
+    fooled = {(judge, text): row["ratio"] for judge, rows in judges.items() for text, row in rows.items()}
+    error = found["judge"][own]["std"] / found["judge"][own]["records"] ** 0.5
     easy = {side: found["earlier"]["rates"][side]["1e-4"] for side in fixed}
     return [
         f"costs {text['inferred'][0]:.2f} nats a token with the inferred codes, {text['vlm'][0]:.2f} under the bare "
@@ -573,6 +577,10 @@ def smol_texts():
         f"is {fixed['latent'][0]:.3f} before RL, {max(fixed['latent']):.3f} at its highest and "
         f"{fixed['latent'][-1]:.3f} at the end with latent actions, and {fixed['token'][0]:.3f}, "
         f"{max(fixed['token']):.3f} and {fixed['token'][-1]:.3f} with tokens",
+        f"has {fooled['earlier', other]:.2f}, more than the VLM's own answers with {fooled['earlier', own]:.2f}",
+        f"such a text has {fooled['now', other]:.2f}",
+        f"one by the right character on something else has {fooled['now', 'of the character, on something else']:.2f}",
+        f"standard error of such a mean is about {error:.2f}",
         f"rose from {easy['latent'][0]:.3f} to {easy['latent'][-1]:.3f} with latent actions and from "
         f"{easy['token'][0]:.3f} to {easy['token'][-1]:.3f} with tokens",
         f"a little less, {less['without the projector']['text']['val_inferred']:.2f} nats a token instead of "
