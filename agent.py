@@ -133,6 +133,19 @@ class Steering:
             raise DataError(f"/ban {text}: no code would be left; /ban off takes all bans back")
         self.banned = banned
 
+    def told_forced(self):
+        """-> what is forced, in words."""
+        if not self.forced:
+            return "nothing is forced"
+        codes = " ".join(map(str, self.forced))
+        name = f"code {codes}" if len(self.forced) == 1 else f"codes {codes}"
+        until = "on in all answers, until /force off" if self.on else "of the next answer; /again answers once more"
+        return f"{name} from token {self.first} {until}"
+
+    def told_banned(self):
+        """-> what is banned, in words."""
+        return f"banned: {', '.join(map(str, sorted(self.banned)))}" if self.banned else "nothing is banned"
+
     def answered(self):
         """What was forced once is not forced again."""
         if not self.on:

@@ -263,10 +263,17 @@ class Talk:
     def do_force(self, text):
         self.need_codes("/force")
         self.steering.force(text, self.agent.codes)
+        self.note(self.steering.told_forced())
 
     def do_ban(self, text):
         self.need_codes("/ban")
         self.steering.ban(text, self.agent.codes)
+        self.note(self.steering.told_banned())
+
+    def note(self, text):
+        """What a command has set, in brackets; lines of JSON stay alone."""
+        if self.cfg.json == "no":
+            self.screen.write(f"({text})")
 
     def need_codes(self, command):
         if not self.agent.codes:

@@ -1,7 +1,7 @@
 """Stage 2: the codebook of latent actions, learnt without labels by inverse dynamics, and the world model that obeys
 it.
 
-    a_t = f_inverse(e_{t+1}), hard by straight-through Gumbel-softmax (tau 2);  x_{t+1} ~ f_world(e_t, c_{a_t})
+    a_t = f_inverse(e_1..e_{t+1}), hard by straight-through Gumbel-softmax (tau 2);  x_{t+1} ~ f_world(e_t, c_{a_t})
     phase a, paired data:               L_inverse = - sum_t log f_world(x_{t+1} | e_t, a_t)
     phase b, paired and text-only data: L_inverse(D^VT) + L_inverse(D^T) + w (L_t2vt + L_vt2t + L_cycle),   w = 1e-5
     and in both an entropy bonus of 1e-3 times the mean entropy of the inverse model's softmax;

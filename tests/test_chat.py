@@ -279,6 +279,25 @@ def test_tokens_are_tinted_where_there_are_colours(monkeypatch, name, value, col
     assert screen.tint("word", None) == "word"
 
 
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("/force 17", "(code 17 from token 1 of the next answer; /again answers once more)"),
+        ("/force 17 17 3 @2", "(codes 17 17 3 from token 2 of the next answer; /again answers once more)"),
+        ("/force 17*", "(code 17 from token 1 on in all answers, until /force off)"),
+        ("/force off", "(nothing is forced)"),
+        ("/ban 17 3", "(banned: 3, 17)"),
+        ("/ban off", "(nothing is banned)"),
+    ],
+)
+def test_a_command_says_what_it_has_set(shipped, command, told):
+    out = io.StringIO()
+    Talk(Config(), shipped, Screen(out)).take(command)
+    assert out.getvalue() == told + "\n"
+    Talk(Config(json="yes"), shipped, Screen(out)).take(command)
+    assert out.getvalue() == told + "\n"  # lines of JSON stay alone
+
+
 def test_characters_of_several_tokens_come_out_whole(processor):
     text = "naïve ☕ 東京 ok"
     ids = processor.tokenizer(text)["input_ids"]
@@ -470,10 +489,11 @@ def test_through_a_pipe_it_is_plain_text(tmp_path):
         env=environment(),
     )
     said = json.loads((tmp_path / "said.json").read_text())
-    hello, role, image, first, forced, saved, again = done.stdout.splitlines()
+    hello, role, image, first, told, forced, saved, again = done.stdout.splitlines()
     note = " (cut off at 16 tokens; --max-new allows more)"
     assert (first, forced) == tuple(row["answer"] + note for row in said) and again == first != forced
     assert saved == f"2 answers in {tmp_path}/said.json" and said[1]["tokens"][4]["code"] == 25
+    assert told == "(code 25 from token 5 of the next answer; /again answers once more)"
     assert hello.startswith("tiny/agent/rl_latent, after step 150: 128 codes") and role == f"role: {chat.ROLE}"
     assert done.stderr.splitlines() == [
         "error: /force 999: there is no code 999; the codes are 0 to 127",
