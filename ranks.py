@@ -44,6 +44,10 @@ def run(main):
         if lost(e):
             leave(name + lost(e), 1, GRACE)
         leave(name + traceback.format_exc(), 1)
+    except SystemExit as e:  # stopped by a signal, and saved
+        if several() and isinstance(e.code, int):
+            end(e.code)
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -56,9 +60,15 @@ def leave(text, status, seconds=0):
     if not several():
         tqdm.write(text, file=sys.stderr)
         sys.exit(status)
-    sys.stdout.flush()
     print(f"\n{text.rstrip()}", file=sys.stderr, flush=True)  # on a new line, below rank 0's progress bar
     time.sleep(seconds)
+    end(status)
+
+
+def end(status):
+    """End this process at once, without the destructors of the process group: that of gloo, too, can wait for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 
