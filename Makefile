@@ -17,7 +17,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real smol smol-ablations vision test test-all rehearsal bench tables figures setup mmrole smol-vlm
+.PHONY: demo real smol smol-ablations vision test test-all rehearsal bench atlas tables figures setup mmrole smol-vlm
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv

@@ -1,11 +1,14 @@
 """ranks.py: one rank that fails ends all of them, its own error is what one reads, and the same command goes on."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import launch, same_weights
+from helpers import ROOT, launch, same_weights
 
 import checkpoint
 import common
@@ -178,3 +181,27 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(eight_steps, tmp_path)
     assert done.returncode != 0 and "Timed out" not in done.stderr
     assert "rank 0: stops, because another rank has not answered for --timeout minutes" in done.stderr
     assert checkpoint.newest(tmp_path / "run", True)[1]["step"] == 2
+
+
+STOPPED = """
+import os, sys
+import ranks
+
+class Group:
+    def __del__(self):
+        os.write(1, b"destroyed")
+
+def main():
+    group = Group()
+    sys.exit(130)
+
+ranks.run(main)
+"""
+
+
+@pytest.mark.parametrize("count, said", [("2", ""), ("1", "destroyed")])
+def test_a_rank_that_is_stopped_waits_for_no_destructor(count, said):
+    """That of a process group can wait for ever for a rank that has left."""
+    env = os.environ | {"WORLD_SIZE": count, "RANK": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", STOPPED], env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (130, said)
