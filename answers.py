@@ -118,6 +118,15 @@ def summary(r_BG, adv_BG, roll, texts, eos):
     return metrics
 
 
+def code_use(roll, latent):
+    """-> {"use": how often each code was chosen in a step's responses, a list of K counts over all ranks}; {} without
+    codes."""
+    if latent is None:
+        return {}
+    codes_M = roll.actions_NT[roll.mask_NT]
+    return {"use": common.total(torch.bincount(codes_M, minlength=latent.quantiser.codes)).tolist()}
+
+
 class HeldOut:
     """The reward on prompts that RL does not practise on, one answer to each, and the run's best checkpoint by it.
 

@@ -34,15 +34,16 @@ class Log:
         self.began = time.time()
 
     def __call__(self, step, shown=(), **metrics):
-        """A number that is not finite is left out: JSON has no word for it."""
+        """A number that is not finite is left out: JSON has no word for it. A list of counts goes to the file alone."""
         self.bar.update(step - self.bar.n)
         if self.rank0:
-            row = {k: round(float(v), 6) for k, v in metrics.items()}
+            lists = {k: v for k, v in metrics.items() if isinstance(v, list)}
+            row = {k: round(float(v), 6) for k, v in metrics.items() if k not in lists}
             row = {k: v for k, v in row.items() if math.isfinite(v)}
             self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.4g}" for k in shown if k in row), refresh=False)
             row = {"step": step, "seconds": round(time.time() - self.began, 3)} | row
             with self.writing():
-                self.file.write(json.dumps(row) + "\n")
+                self.file.write(json.dumps(row | lists) + "\n")
                 self.file.flush()
                 if self.tracker:
                     self.tracker(row)

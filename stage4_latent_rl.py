@@ -41,7 +41,7 @@ import torch.distributed as dist
 
 import checkpoint
 import common
-from answers import Answers, HeldOut, answerable, equal_groups, summary
+from answers import Answers, HeldOut, answerable, code_use, equal_groups, summary
 from common import option
 from data import DataError, Processor, index_stream
 from judge_http import Judging, over_ranks, patience, spent, tell
@@ -371,7 +371,7 @@ def train(cfg, guard, place):
             torch.cuda.synchronize()
         seconds = answers.spent | answers.seconds | {"s_update": time.perf_counter() - began}
 
-        metrics |= summary(r_BG, adv_BG, roll, texts, processor.eos_id) | seconds
+        metrics |= summary(r_BG, adv_BG, roll, texts, processor.eos_id) | code_use(roll, agent.latent) | seconds
         if held_out and held_out.due(step + 1):
             metrics |= held_out(step + 1)
         metrics |= {"skipped": agent.step_weights.skipped, "resampled": common.total(resampled)}

@@ -22,7 +22,7 @@ def track(cfg, start, rows):
         return None
     tracker = TensorBoard(cfg) if cfg.log == "tensorboard" else Wandb(cfg, start)
     for row in rows:
-        tracker(row)
+        tracker({k: v for k, v in row.items() if not isinstance(v, list)})
     return tracker
 
 

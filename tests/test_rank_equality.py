@@ -115,8 +115,10 @@ def moved_and_apart(name, alone, many):
 
 
 def logged(run):
-    """What a run logged, without the seconds."""
+    """What a run logged, without the seconds; a list as one number for each place in it."""
     rows = common.read_metrics(run)
+    for row in rows:
+        row |= {f"use {k}": count for k, count in enumerate(row.pop("use", ()))}
     return [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("s_")} for row in rows]
 
 

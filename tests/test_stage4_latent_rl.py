@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers import CPU, ROOT, TINY, assert_only, draws, generate, names_of, sna
 import checkpoint
 import common
 import stage4_latent_rl
-from answers import Answers
+from answers import Answers, code_use
 from common import parse_config
 from data import DataError, Records
 from rollout import Rollout
@@ -434,6 +435,14 @@ def test_summary_by_hand():
         "length": 2.5,
         "truncated": 0.25,
     }
+
+
+def test_the_use_of_codes_counts_what_was_said():
+    """Codes at padding do not count; a token-level rollout has none."""
+    mask_NT = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    roll = Rollout(None, 2, torch.zeros(2, 3).long(), mask_NT, torch.zeros(2, 3), torch.tensor([[3, 0, 1], [3, 3, 0]]))
+    latent = SimpleNamespace(quantiser=SimpleNamespace(codes=5))
+    assert code_use(roll, latent) == {"use": [2, 0, 0, 3, 0]} and code_use(roll, None) == {}
 
 
 @pytest.mark.filterwarnings("error")

@@ -44,6 +44,15 @@ def test_without_the_flag_there_is_the_file_alone(tmp_path):
         common.parse_config(stage1_projector.Config, "", ["--log", "paper"])
 
 
+def test_a_list_is_in_the_file_alone(tmp_path, board):
+    for start, step in ((0, 1), (1, 2)):  # the second run hands over the first one's row
+        log = common.Log(tmp_path, "a run", start, 9, config(tmp_path, "tensorboard"))
+        log(step, loss=0.5, use=[step, 0])
+        log.close()
+    assert [row["use"] for row in common.read_metrics(tmp_path)] == [[1, 0], [2, 0]]
+    assert [{point[0] for point in points if point[0] in ("use", "loss")} for _, _, points in board] == [{"loss"}] * 2
+
+
 @pytest.fixture
 def board(monkeypatch):
     """A stand-in for TensorBoard's writer: [(folder, purge_step, [(name, value, step)])] of each that was made."""
