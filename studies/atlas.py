@@ -29,14 +29,14 @@ from data import DataError
 from evaluate import read_styles, token_styles
 from model import LatentModel
 from rollout import rollout_latent
-from speaker import Speaker
 from studies import atlas_measures as measures
 from studies import atlas_page
 from studies.atlas_measures import Places
 from studies.smol_measures import COMMON, arg_max, last_rows
-from studies.smol_run import Finished, Voice, contexts
+from studies.smol_run import Finished, contexts
 from vlm import log_probs
 
+POINTS = 15  # of a code's path through RL
 KINDS = ("paired", "text", "before", "after")  # two kinds of data, and the policy's answers before and after RL
 
 
@@ -76,8 +76,6 @@ class Agent(Finished):
             if not Path(path).is_file():
                 raise DataError(f"--{kind}: there is no {path}; make runs/world/world.json draws the tiny world")
         self.data = Path(self.paths["paired"]).parent
-        voice = Voice(cfg.batch, self.settings["max_new"], cfg.seed)
-        self.speaker = Speaker(voice, self.processor, place)
 
     def examples(self, kind):
         """-> the Examples of the last rows of the paired or of the text-only data."""
@@ -88,13 +86,11 @@ class Agent(Finished):
         return self.records(self.cfg.test, self.cfg.answers)
 
     def policies(self):
-        """-> {step: latent model} of the policy before RL and of each checkpoint of RL that is there."""
-        found = {0: self.latent("stage3", *LatentModel.parts)}
-        for folder in reversed(checkpoint.checkpoints(self.folder / "rl_latent")):
-            tensors, state, _ = checkpoint.read(folder, with_optimizer=False)
-            latent = common.build_latent(self.vlm, state["arch"], tensors, folder, SPEAKING)
-            found[state["step"]] = latent.to(self.place.device).requires_grad_(False)
-        return found
+        """-> {"before", "after": latent model} of RL."""
+        return {
+            "before": self.latent("stage3", *LatentModel.parts),
+            "after": self.latent("rl_latent", *SPEAKING),
+        }
 
 
 # -------------------------------------------------------------------------------------------------- places and answers
@@ -178,26 +174,29 @@ def forced(run, latent, records, words, pictures):
 
 
 # ---------------------------------------------------------------------------------------------------- parts of the page
-def path_of(run, policies, prompts):
-    """-> ({step: [Response]}, {steps: [...], share: [K][step]}): the policy's answers and codes through RL."""
-    said = {}
-    for step, latent in policies.items():
-        common.say(f"atlas: the policy after {step} steps of RL answers")
-        said[step] = answered(run, latent, prompts, run.cfg.temperature)
-    codes, K = {step: sum((r.codes for r in rows), []) for step, rows in said.items()}, latent.quantiser.codes
-    share_KS = np.stack([measures.share(x, K) for x in codes.values()], 1)
-    return said, {"steps": list(said), "share": share_KS.round(5).tolist()}
+def path_of(run, shares):
+    """-> {of: whose codes, in words; steps: [...]; share: [K][step]}: how often the responses of RL had each code, by
+    its log. A point has the steps since the point before. Without such a log: the answers before and after."""
+    rows = [r for r in common.read_metrics(run.folder / "rl_latent") if "use" in r]
+    if not rows:
+        ends, share_SK = [0, run.state("rl_latent")["step"]], np.stack([shares["before"], shares["after"]])
+        return {"of": "In the answers to the prompts of a test.", "steps": ends, "share": share_SK.T.round(5).tolist()}
+    parts = np.array_split(np.arange(len(rows)), min(len(rows), POINTS))
+    use_SK = np.stack([np.sum([rows[i]["use"] for i in part], 0) for part in parts])
+    share_SK = use_SK / use_SK.sum(1, keepdims=True)
+    of = f"In the responses that RL has learnt from, about {len(parts[0])} steps to a point."
+    return {"of": of, "steps": [rows[part[-1]]["step"] for part in parts], "share": share_SK.T.round(5).tolist()}
 
 
-def evidence(run, policies, prompts, said):
+def evidence(run, policies, prompts):
     """-> {kind: ([Example], [Places])} of all the dialogues on the page."""
-    before, after = (policies[step] for step in (0, max(policies)))
     found = {}
     for kind in ("paired", "text"):
         examples = run.examples(kind)
-        found[kind] = examples, places_of(run, before, examples)
-    for kind, latent, step in (("before", before, 0), ("after", after, max(policies))):
-        found[kind] = said_places(run, latent, prompts, said[step])
+        found[kind] = examples, places_of(run, policies["before"], examples)
+    for kind, latent in policies.items():
+        common.say(f"atlas: the policy {kind} RL answers")
+        found[kind] = said_places(run, latent, prompts, answered(run, latent, prompts, run.cfg.temperature))
     return found
 
 
@@ -272,18 +271,17 @@ def page_data(run):
     words = atlas_page.Words(run.processor.tokenizer, run.processor.eos_id)
     pictures = atlas_page.Pictures(run.cfg.max_decode)
     policies, prompts = run.policies(), run.prompts()
-    said, path = path_of(run, policies, prompts)
-    common.say("atlas: reading the dialogues")
-    found = evidence(run, policies, prompts, said)
+    found = evidence(run, policies, prompts)
     common.say("atlas: trying every code")
-    effects, kinds, used_K = whole(run, policies[0], found)
+    effects, kinds, used_K = whole(run, policies["before"], found)
     chosen = {kind: torch.cat([at.codes_M for at in ats]).cpu() for kind, (_, ats) in found.items()}
     shares = {kind: measures.share(codes_M, len(used_K)) for kind, codes_M in chosen.items()}
     codes, shown = cards(run, found, effects, shares, words)
     numbers = measures.numbers(effects, kinds, used_K) | {"seed": run.trained["seed"]}
-    after = policies[max(policies)]
-    data = {"run": str(run.cfg.run), "vlm": run.name, "codes": codes, "shown": round(shown, 3), "path": path}
-    data |= {"numbers": numbers, "same": measures.SAME, "styles": list(read_styles(run.data))}
+    after = policies["after"]
+    data = {"run": str(run.cfg.run), "vlm": run.name, "codes": codes, "shown": round(shown, 3)}
+    data |= {"path": path_of(run, shares), "numbers": numbers, "same": measures.SAME}
+    data["styles"] = list(read_styles(run.data))
     data["dialogues"] = dialogues(run, after, found, words, pictures)
     common.say("atlas: forcing every code")
     data["forced"] = forced(run, after, prompts[: run.cfg.forced], words, pictures)

@@ -178,20 +178,30 @@ def test_the_page_is_one_file_without_a_network(made):
 
 def test_the_data_of_the_page_fit_together(made):
     data = made[2]
-    assert len(data["codes"]) == CODES and data["path"]["steps"] == [0, 2]
+    assert len(data["codes"]) == CODES and data["path"]["steps"] == [1, 2]
     for kind in atlas.KINDS:
         steps = [s for d in data["dialogues"] if d["kind"] == kind for s in d["steps"]]
         shares = [c["share"][kind] for c in data["codes"]]
         assert shares == pytest.approx([sum(s[1] == k for s in steps) / len(steps) for k in range(CODES)], abs=1e-4)
-    before, after = zip(*data["path"]["share"])
-    assert list(before) == [c["share"]["before"] for c in data["codes"]]
-    assert list(after) == [c["share"]["after"] for c in data["codes"]]
     for c in data["codes"]:
         assert sum(c["about"].values()) == c["count"] >= c["turned"] >= sum(n for _, _, n in c["instead"])
     assert len(set(data["images"])) == len(data["images"]) and len(set(data["words"])) > 20
     assert all(url.startswith("data:image/") for url in data["images"])
     assert sum(bool(d["images"]) for d in data["dialogues"]) >= 3
     assert all("</" not in w for w in data["words"])
+
+
+def test_the_path_through_rl_is_that_of_its_log(run, monkeypatch):
+    """Three codes, five steps, three points: the last steps of 1 to 2, 3 to 4, and 5."""
+    use = [[1, 0, 1], [3, 0, 3], [0, 5, 5], [0, 5, 5], [4, 0, 0]]
+    rows = [{"step": step, "use": counts} for step, counts in enumerate(use, 1)]
+    monkeypatch.setattr(atlas, "POINTS", 3)
+    monkeypatch.setattr(common, "read_metrics", lambda folder: [{"step": 0}, *rows])
+    path = atlas.path_of(run, {})
+    assert path["steps"] == [2, 4, 5] and path["share"] == [[0.5, 0, 1], [0, 0.5, 0], [0.5, 0.5, 0]]
+    monkeypatch.setattr(common, "read_metrics", lambda folder: [{"step": 1}])
+    path = atlas.path_of(run, {"before": torch.tensor([0.25, 0.75]), "after": torch.tensor([1.0, 0.0])})
+    assert path["steps"] == [0, 2] and path["share"] == [[0.25, 1.0], [0.75, 0.0]]
 
 
 def test_answers_are_shown_as_they_were_said(made, run):
