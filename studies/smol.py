@@ -8,6 +8,7 @@
     go on       how often a single code leaves the VLM's most likely token as it is
     meanings    the tokens that the ten most used codes raise and lower
     curves      the reward on the validation part before, during and after RL; KL, entropy; seconds; memory
+    learnt      the same before RL, at its best and at its end, with more answers, and what each of them gained
     dialogues   six records and what each model says to them
     ablations   stage 2 without the cycle loss, the projector, the text-only data (make smol-ablations)
 
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+import checkpoint
 import common
 import plots
 from common import Everywhere, option
@@ -30,11 +32,12 @@ from data import DataError
 from evaluate import training
 from log import read_metrics
 from model import LatentModel
-from rewards import judge_ratio, judgements, load_judge, reference
+from rewards import judge_ratio, judgements, load_judge, reference, reward
 from smol.judge import repeated
+from speaker import texts
 from studies import smol_measures as measures
 from studies import smol_pages as pages
-from studies.smol_run import FOLDERS, TEMPERATURES, Finished, agreement, nats
+from studies.smol_run import FOLDERS, TEMPERATURES, TESTS, Finished, agreement, nats
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Config(Everywhere):
     likeness: str = option("", "folder of a sentence-embedding model, as a second judge of what is said; '': none")
     parts: str = option("", "only these parts, with commas between them; '': all")
     rows: int = option(24, "records of each test that the models answer here", least=2)
+    draws: int = option(4, "answers to each prompt of the validation part, for what RL has learnt", least=1)
     contexts: int = option(200, "contexts over which what a code does is averaged", least=1)
     batch: int = option(12, "rows of a forward pass", least=1)
     seed: int = option(2000, "seed of sampling")
@@ -93,6 +97,8 @@ def exposure(run, judge):
 
 # --------------------------------------------------------------------------------------------------- RL, cost, answers
 SIDES = {"GRPO token": "rl_token", "GRPO latent": "rl_latent"}
+LEARNT = len(TESTS)  # in the noise of the answers by which `learnt` judges, behind the numbers of the tests
+STARTS = {"GRPO token": "sft", "GRPO latent": "stage3"}
 
 
 def curves(run, judge):
@@ -105,6 +111,32 @@ def curves(run, judge):
         found[name] |= training(run.folder / folder)
     folders = ("stage1", "stage2", *FOLDERS.values())
     return found | {"peak_gib": {f: run.state(f).get("peak_gib") for f in folders}}
+
+
+def learnt(run, judge):
+    """The reward on the validation part, cfg.draws answers to each prompt, sampled as in RL, with the same noise for
+    every model -> {side: {'before', 'best', 'end': {step, reward, gain, error}}}; no 'best' where a run has none.
+
+    gain: over the reward before RL. error: its standard error, by the spread of the prompts' gains."""
+    records, found = run.records("task_val"), {}
+
+    def rewards(source):
+        said = run.speaker(run.agent(source), records, run.cfg.draws, run.settings["temperature"], LEARNT)
+        r_BG = np.ma.masked_invalid(reward(judge, records, sum(texts(said), [])))
+        return r_BG.mean(1).filled(np.nan)
+
+    for name, folder in SIDES.items():
+        before_B, found[name] = rewards(STARTS[name]), {}
+        found[name]["before"] = {"step": 0, "reward": float(np.nanmean(before_B)), "gain": 0.0, "error": 0.0}
+        for moment, source in (("best", f"{folder}/{checkpoint.BEST}"), ("end", folder)):
+            if checkpoint.latest(run.folder / source) is None:
+                continue
+            now_B = rewards(source)
+            gain_B = (now_B - before_B)[np.isfinite(now_B - before_B)]
+            error = gain_B.std(ddof=1) / len(gain_B) ** 0.5
+            row = {"reward": np.nanmean(now_B), "gain": gain_B.mean(), "error": error}
+            found[name][moment] = {"step": run.state(source)["step"]} | {k: float(v) for k, v in row.items()}
+    return found
 
 
 def dialogues(run, judge):
@@ -138,6 +170,7 @@ PARTS = {
     "go on": of_run(measures.go_on_table),
     "meanings": of_run(measures.meanings),
     "curves": curves,
+    "learnt": learnt,
     "dialogues": dialogues,
     "ablations": of_run(measures.ablation_table),
 }

@@ -77,6 +77,13 @@ def curves(found):
     return text + "\n\n" + table("Memory at its peak", ["run", "GiB"], list(found["peak_gib"].items()))
 
 
+def learnt(found):
+    head = ["side", "when", "step", "reward", "gain", "standard error of the gain"]
+    names = ("step", "reward", "gain", "error")
+    rows = [(side, when, *(row[n] for n in names)) for side, by in found.items() for when, row in by.items()]
+    return table("What RL has learnt, on the validation part", head, rows)
+
+
 def dialogues(found):
     lines = ["## Six dialogues"]
     for r in found:
@@ -106,6 +113,7 @@ PAGES = {
     "go on": go_on,
     "meanings": meanings,
     "curves": curves,
+    "learnt": learnt,
     "dialogues": dialogues,
     "ablations": ablations,
 }

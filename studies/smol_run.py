@@ -49,6 +49,7 @@ class Finished:
         limits = (self.settings["max_prompt"], self.settings["max_pixels"])
         self.processor = Processor(self.name, *limits, max_decode=cfg.max_decode)
         self.vlm = VLM(self.name, place.device, place.dtype)
+        self.speaker = Speaker(Voice(cfg.batch, self.settings["max_new"], cfg.seed), self.processor, place)
 
     def state(self, run):
         return checkpoint.read_state(self.folder / run)
@@ -60,8 +61,9 @@ class Finished:
         latent = common.build_latent(self.vlm, arch, found[0], self.folder / run, needed)
         return latent.to(self.place.device).requires_grad_(False)
 
-    def records(self, name, limit, only=lambda record: True):
-        """-> the first `limit` records of a file that pass `only` and can be answered within the run's limits."""
+    def records(self, name, limit=None, only=lambda record: True):
+        """-> the first `limit` records of a file (None: all) that pass `only` and can be answered within the run's
+        limits."""
         records, found = evaluate.records_of(self.files(), name, None), []
         for i in range(len(records)):
             if len(found) == limit:
@@ -123,24 +125,20 @@ class Finished:
 
     def draw(self, name):
         """-> {temperature: {test: [response as a dict]}} of one model."""
-        if name == "Prompt":
-            model = self.vlm, None
-        else:
-            run = str(self.folder / FOLDERS[name])
-            actions = self.state(FOLDERS[name])["config"]["actions"]
-            model = common.load_agent(run, actions, self.name, self.place)[:2]
-        speaker = Speaker(Voice(self.cfg.batch, self.settings["max_new"], self.cfg.seed), self.processor, self.place)
+        model = (self.vlm, None) if name == "Prompt" else self.agent(FOLDERS[name])
         common.say(f"{name}: answers")
         return {
-            t: {
-                test: self.answers(speaker, model, rows, t, salt)
-                for salt, (test, rows) in enumerate(self.tests().items())
-            }
+            t: {test: self.answers(model, rows, t, salt) for salt, (test, rows) in enumerate(self.tests().items())}
             for t in TEMPERATURES
         }
 
-    def answers(self, speaker, model, records, temperature, salt):
-        return [asdict(samples[0]) for samples in speaker(model, records, 1, temperature, salt)]
+    def agent(self, run):
+        """-> (VLM, latent model or None) of a run of stage 3 or 4, or of its `best`, as a Speaker takes them."""
+        actions = self.state(run)["config"]["actions"]
+        return common.load_agent(str(self.folder / run), actions, self.name, self.place)[:2]
+
+    def answers(self, model, records, temperature, salt):
+        return [asdict(samples[0]) for samples in self.speaker(model, records, 1, temperature, salt)]
 
 
 # ----------------------------------------------------------------------------------------------------- states, losses

@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import CODES, CPU, alone, close
@@ -12,7 +14,8 @@ from helpers import CODES, CPU, alone, close
 import common
 from data import DataError
 from model import LatentModel
-from studies import smol
+from speaker import Response
+from studies import smol, smol_speed
 from studies import smol_measures as measures
 from studies.smol_run import MODELS, SAID, Finished, agreement, nats
 
@@ -222,6 +225,50 @@ def test_the_projector_s_errors_are_those_of_stage_1(run, report):
     found = measures.projector_errors(run, latent)
     assert found["mse"] == found["identity"] and found["cycle"] == 0
     close(torch.tensor(found["shift"]), torch.tensor(math.sqrt(found["identity"] / found["square"])), 1e-6)
+
+
+def test_what_rl_has_learnt_by_hand(run, report, monkeypatch):
+    """Three prompts, two answers each: 1 before on average, and 2, 3, 4 at the end."""
+    for by in report["learnt"].values():
+        assert set(by) == {"before", "end"}  # these runs had no --val, so they have no best
+        assert by["before"]["gain"] == by["before"]["error"] == 0 < by["before"]["reward"]
+    rewards = {"sft": [[0, 2], [1, 1], [2, 0]], "rl_token": [[2, 2], [3, 3], [5, 3]]}
+    rewards |= {"stage3": [[1, 1], [1, 1], [1, math.nan]], "rl_latent": [[1, 3], [math.nan, math.nan], [4, 4]]}
+    monkeypatch.setattr(run, "agent", lambda folder: folder)
+    monkeypatch.setattr(run, "records", lambda name: ["a", "b", "c"])
+    said = lambda model, records, group, *_: [[Response(model, [], [])] * group for _ in records]  # noqa: E731
+    monkeypatch.setattr(run, "speaker", said)
+    monkeypatch.setattr(smol, "reward", lambda judge, records, texts: np.array(rewards[texts[0]]))
+    found = smol.learnt(run, None)
+    assert found["GRPO token"] == {
+        "before": {"step": 0, "reward": 1, "gain": 0, "error": 0},
+        "end": {"step": 2, "reward": 3, "gain": 2, "error": pytest.approx(1 / math.sqrt(3))},
+    }
+    # the judge failed for all answers to one prompt: two gains are left, 1 and 3, with standard deviation sqrt 2
+    assert found["GRPO latent"]["end"] == {"step": 2, "reward": 3, "gain": 2, "error": pytest.approx(1)}
+
+
+# --------------------------------------------------------------------------------------------------------- the speed
+def test_the_speed_of_each_way_is_that_of_its_own_run(runs, tmp_path, monkeypatch):
+    """Kept states are timed when they are read, not when they are written; RL and SFT keep none."""
+    asked = []
+
+    def take(script, settings):
+        asked.append((settings["dtype"], settings["states"], Path(settings["out"]).name))
+        Path(settings["out"]).mkdir(parents=True)
+        return len(asked)
+
+    monkeypatch.setattr(smol_speed, "take", take)
+    monkeypatch.setitem(smol_speed.PARTS, "stage 1", ("stage1_projector", "1", {"steps": 7, "states": "kept"}))
+    work, kept = tmp_path / "work", f"{tmp_path}/work/states"
+    found = smol_speed.measure(runs, "stage 1", work)
+    assert found == {"float32": 1, "bfloat16": 2, "bfloat16, states kept": 4} and not work.exists()
+    assert asked == [
+        ("float32", "", "float32"),
+        ("bfloat16", "", "bfloat16"),
+        ("bfloat16", kept, "to be kept"),
+        ("bfloat16", kept, "bfloat16, states kept"),
+    ]
 
 
 def test_six_dialogues_are_of_different_characters(report):
