@@ -77,14 +77,16 @@ smol-vlm: .venv/ready-smol
 	@test -d $(OUT)/vlm || { rm -rf $(OUT)/vlm.new; \
 	$(PY) -m smol.make_vlm --vision $(VISION) --out $(OUT)/vlm.new && mv $(OUT)/vlm.new $(OUT)/vlm; }
 
-# Hours on a CPU: it goes on where it was interrupted. The fetching needs npm, and apt-get of Debian or Ubuntu.
+# Hours on a CPU: it goes on where it was interrupted. The fetching needs npm, and apt-get of Debian or Ubuntu. To see in
+# minutes that all of it works: make vision TOWER="--naming 20 --captions 10 --out runs/smol/trial" MEASURE=4
+MEASURE ?= 200
 vision: .venv/ready-vision
 	sh smol/fetch.sh runs/smol/packages
 	test -f runs/smol/drawings.npz || $(PY) -m smol.drawings
 	test -f runs/smol/teacher.npz || $(PY) -m smol.teacher
 	test -d runs/smol/start || $(PY) -m smol.make_vlm --vision random --out runs/smol/start
-	$(PY) -m smol.train_vision --teacher runs/smol/teacher.npz
-	$(PY) -m smol.train_vision --measure 200
+	$(PY) -m smol.train_vision --teacher runs/smol/teacher.npz $(TOWER)
+	$(PY) -m smol.train_vision --measure $(MEASURE) $(TOWER)
 
 # The defaults of the scripts are the demo's. `real` has short runs on long sequences: what counts there is that real text and
 # pictures go through every stage.
