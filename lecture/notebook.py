@@ -4,8 +4,8 @@
 # Everything here runs from the files of the repository: the tiny vision-language model `tiny/vlm`, the trained
 # agent `tiny/agent`, and pictures that `tiny/world.py` draws on the fly. Nothing is downloaded, and nothing long is
 # trained. All maths comes from the files of the method; a cell only calls it. Each part has a small computation, a
-# figure and a question. What the words mean: [README](../README.md). Figures are also saved in
-# `runs/lecture/figures`.
+# figure and a question. What the words mean: [README](../README.md), [docs/words.md](../docs/words.md). Figures are
+# also saved in `runs/lecture/figures`.
 
 # %%
 # ruff: noqa: E402
@@ -57,14 +57,16 @@ tuned = load("rl_latent")  # after RL
 
 
 def show(fig, name):
-    """Save a figure, and display it where a notebook runs."""
-    folder = ROOT / "runs" / "lecture" / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.png", dpi=110)
+    """Save a figure, and display it where a notebook runs; elsewhere say where it is, which ends the part."""
+    path = ROOT / "runs" / "lecture" / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
     if "get_ipython" in globals():
         from IPython.display import Image, display
 
-        display(Image(str(folder / f"{name}.png")))
+        display(Image(str(path)))
+    else:
+        print(f"[part {name.partition('-')[0]}: {path.relative_to(ROOT)}]\n")
 
 
 def example(record, scene=None, prompt_only=False, rng=random):
@@ -225,31 +227,39 @@ show(fig, "3-projector")
 # Inverse dynamics sees the *next* state, and so the very token that it has to explain. What keeps it honest is that
 # only one of 128 codes gets through. `stage2_codebook.validate` compares the bare VLM, the inferred codes and
 # random codes. Then the bottleneck is removed: a free vector, a linear map of the next state, takes the place of
-# the code.
+# the code. It learns from 64 other dialogues, and is tested on those of the comparison.
 
 # %%
 texts = text_examples(16, seed=4)
 val = validate(cloned, vlm, processor, [x.record for x in texts], CPU)
 print({name: round(x, 3) for name, x in val.items()})
 
-batch = processor.collate(texts)
-with torch.no_grad():
-    e_BTD = cloned.context(vlm(batch), batch.paired_B)
-explained = batch.explained_BT
-now_MD, after_MD = e_BTD[:, :-1][explained], e_BTD[:, 1:][explained]
-next_M, width = batch.ids_BT[:, 1:][explained], e_BTD.shape[-1]
+
+def steps_of(examples):
+    """-> the states before and after each explained token (M, D), and the tokens (M,)"""
+    batch = processor.collate(examples)
+    with torch.no_grad():
+        e_BTD = cloned.context(vlm(batch), batch.paired_B)
+    at = batch.explained_BT
+    return e_BTD[:, :-1][at], e_BTD[:, 1:][at], batch.ids_BT[:, 1:][at]
+
+
+def nats_of_leak(now_MD, after_MD, next_M):
+    return next_token_loss(vlm.head, cloned.speak(now_MD, leak(after_MD)), next_M) / len(next_M)
+
+
+others, tested = steps_of(text_examples(64, seed=40)), steps_of(texts)
+width = tested[0].shape[-1]
 leak = torch.nn.Linear(width, width)
 optimizer = torch.optim.Adam(leak.parameters(), lr=3e-3)
 leaked = []
 for _ in range(80):
-    nll = next_token_loss(vlm.head, cloned.speak(now_MD, leak(after_MD)), next_M) / len(next_M)
+    with torch.no_grad():
+        leaked.append(nats_of_leak(*tested).item())
     optimizer.zero_grad()
-    nll.backward()
+    nats_of_leak(*others).backward()
     optimizer.step()
-    leaked.append(nll.item())
-print(
-    f"without the bottleneck: {leaked[0]:.2f} -> {leaked[-1]:.3f} nats a token after 80 steps, the world model as it is"
-)
+print(f"without the bottleneck: {leaked[0]:.2f} -> {leaked[-1]:.3f} nats a token in 80 steps, the world model as it is")
 
 fig, (left, right) = axes_of(9, 3.2, 2)
 bars = {"bare VLM": val["val_vlm"], "random code": val["val_random"], "inferred code": val["val_inferred"]}
