@@ -4,12 +4,13 @@
     RUN/rl_latent  -> OUT/rl_latent   projector, codebook, world model, policy after RL
 
 OUT has the lay-out of RUN, so whatever takes the one takes the other. The newest checkpoint of each stage is taken:
-weights and state, without the optimizer and the log.
+weights and state, without the optimizer. RL's log comes with it: it says how often each code was used at each step.
 
     make demo && python tiny/ship.py --run runs/demo --out tiny/agent
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def main(argv=None):
     stages = {name: finished(Path(args.run) / name) for name in STAGES}
     for name, (tensors, state) in stages.items():
         checkpoint.save(Path(args.out) / name, state["step"], tensors, state, keep=1)
+        if name == "rl_latent":
+            shutil.copy(Path(args.run) / name / "metrics.jsonl", Path(args.out) / name)
         print(f"{args.out}/{name}: step {state['step']}, {sum(x.numel() for x in tensors.values()):,} numbers")
 
 
