@@ -197,6 +197,9 @@ def smol_rows():
         yield name, numbers
 
 
+SHORT = ["ID, judge ratio", "OOD, judge ratio", "diversity", "rollout, s", "update, s"]  # columns, for the README
+
+
 def smol_table(columns):
     lines = []
     for name, numbers in smol_rows():
@@ -277,9 +280,7 @@ def tables():
     """{page: Markdown tables that it shows}"""
     choices = read("choices")
     return {
-        "README.md": [
-            demo_table(read("demo")["rows"]),
-        ],
+        "README.md": [demo_table(read("demo")["rows"]), smol_table(SHORT)],
         "docs/results.md": [
             *(t for text in results_tables(read("results")).values() for t in text.split("\n\n")),
             codebook_table(choices),
@@ -611,23 +612,11 @@ def smol_texts():
     ]
 
 
-def smol_front():
-    """The sentence of README.md about the run of `make smol`."""
-    rows = read("smol")["rows"]
-    ratio = {(row, test): f"{rows[row][test]['ratio']:.2f}" for row in rows for test in ("ID", "OOD")}
-    return [
-        f"its ratio is {ratio['BC latent', 'ID']} before latent RL and {ratio['GRPO latent', 'ID']} after, with new "
-        f"ones {ratio['BC latent', 'OOD']} and {ratio['GRPO latent', 'OOD']}; token RL, from SFT, goes from "
-        f"{ratio['SFT', 'ID']} to {ratio['GRPO token', 'ID']} and from {ratio['SFT', 'OOD']} to "
-        f"{ratio['GRPO token', 'OOD']}",
-    ]
-
-
 def sentences():
     """{page: parts of sentences, with the numbers that they must have}"""
     compared, settings = choice_texts()
     return {
-        "README.md": readme_texts() + smol_front(),
+        "README.md": readme_texts(),
         "docs/results.md": claims() + table_texts() + code_texts() + compared,
         "docs/choices.md": settings,
         "docs/cost.md": bench_texts() + reading_texts(),
