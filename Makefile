@@ -131,7 +131,8 @@ smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE) --data $(OUT)/
   --diversity-prompts 12 --batch 24 --max-new 48 --max-prompt 192
 # both cores; not again where no RL run is newer than the results
 smol: ALONE = test -f $(OUT)/results.json -a -z "$$(find $(OUT)/rl_*/ckpt-* -maxdepth 0 -newer $(OUT)/results.json)" || OMP_NUM_THREADS=2
-smol: AFTER = OMP_NUM_THREADS=2 $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16
+smol: AFTER = OMP_NUM_THREADS=2 $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16 \
+  --dtype $(DTYPE)
 
 demo: .venv/ready runs/world/world.json
 real: mmrole
@@ -162,4 +163,4 @@ smol-ablations:
 	@test -d $(OUT)/stage2 || { echo "error: first make smol DATA=<folder>, whose stage 1 the ablations begin with"; exit 2; }
 	for W in cycle projector text; do $(PY) stage2_codebook.py $(ALL) $(PAIRED) $(TEXT) $(S2) --without $$W \
 	  --projector $(OUT)/stage1 --out $(OUT)/without_$$W || exit 1; done
-	$(PY) -m studies.smol --run $(OUT) --parts ablations,projector
+	$(PY) -m studies.smol --run $(OUT) --parts ablations,projector --dtype $(DTYPE)

@@ -115,27 +115,27 @@ def curves(run, judge):
 
 def learnt(run, judge):
     """The reward on the validation part, cfg.draws answers to each prompt, sampled as in RL, with the same noise for
-    every model -> {side: {'before', 'best', 'end': {step, reward, gain, error}}}; no 'best' where a run has none.
+    every model -> {side: {'before', 'best', 'end': {step, reward, top, gain, error}}}; no 'best' where a run has none.
 
-    gain: over the reward before RL. error: its standard error, by the spread of the prompts' gains."""
+    top: the reward of the best answer to each prompt. gain: over the reward before RL. error: its standard error, by
+    the spread of the prompts' gains."""
     records, found = run.records("task_val"), {}
 
     def rewards(source):
         said = run.speaker(run.agent(source), records, run.cfg.draws, run.settings["temperature"], LEARNT)
         r_BG = np.ma.masked_invalid(reward(judge, records, sum(texts(said), [])))
-        return r_BG.mean(1).filled(np.nan)
+        return r_BG.mean(1), {"reward": float(r_BG.mean(1).mean()), "top": float(r_BG.max(1).mean())}
 
     for name, folder in SIDES.items():
-        before_B, found[name] = rewards(STARTS[name]), {}
-        found[name]["before"] = {"step": 0, "reward": float(np.nanmean(before_B)), "gain": 0.0, "error": 0.0}
+        before_B, row = rewards(STARTS[name])
+        found[name] = {"before": {"step": 0} | row | {"gain": 0.0, "error": 0.0}}
         for moment, source in (("best", f"{folder}/{checkpoint.BEST}"), ("end", folder)):
             if checkpoint.latest(run.folder / source) is None:
                 continue
-            now_B = rewards(source)
-            gain_B = (now_B - before_B)[np.isfinite(now_B - before_B)]
-            error = gain_B.std(ddof=1) / len(gain_B) ** 0.5
-            row = {"reward": np.nanmean(now_B), "gain": gain_B.mean(), "error": error}
-            found[name][moment] = {"step": run.state(source)["step"]} | {k: float(v) for k, v in row.items()}
+            now_B, row = rewards(source)
+            gain_B = (now_B - before_B).compressed()  # of the prompts to which both have an answer with a reward
+            row |= {"gain": float(gain_B.mean()), "error": float(gain_B.std(ddof=1) / len(gain_B) ** 0.5)}
+            found[name][moment] = {"step": run.state(source)["step"]} | row
     return found
 
 

@@ -78,8 +78,8 @@ def curves(found):
 
 
 def learnt(found):
-    head = ["side", "when", "step", "reward", "gain", "standard error of the gain"]
-    names = ("step", "reward", "gain", "error")
+    head = ["side", "when", "step", "reward", "reward of the best answer", "gain", "standard error of the gain"]
+    names = ("step", "reward", "top", "gain", "error")
     rows = [(side, when, *(row[n] for n in names)) for side, by in found.items() for when, row in by.items()]
     return table("What RL has learnt, on the validation part", head, rows)
 

@@ -241,11 +241,12 @@ def test_what_rl_has_learnt_by_hand(run, report, monkeypatch):
     monkeypatch.setattr(smol, "reward", lambda judge, records, texts: np.array(rewards[texts[0]]))
     found = smol.learnt(run, None)
     assert found["GRPO token"] == {
-        "before": {"step": 0, "reward": 1, "gain": 0, "error": 0},
-        "end": {"step": 2, "reward": 3, "gain": 2, "error": pytest.approx(1 / math.sqrt(3))},
+        "before": {"step": 0, "reward": 1, "top": pytest.approx(5 / 3), "gain": 0, "error": 0},
+        "end": {"step": 2, "reward": 3, "top": pytest.approx(10 / 3), "gain": 2, "error": pytest.approx(3**-0.5)},
     }
     # the judge failed for all answers to one prompt: two gains are left, 1 and 3, with standard deviation sqrt 2
-    assert found["GRPO latent"]["end"] == {"step": 2, "reward": 3, "gain": 2, "error": pytest.approx(1)}
+    end = {"step": 2, "reward": 3, "top": 3.5, "gain": 2, "error": pytest.approx(1)}
+    assert found["GRPO latent"]["end"] == end
 
 
 # --------------------------------------------------------------------------------------------------------- the speed
