@@ -23,8 +23,8 @@ STEPS = 7
 # name: (script, folder of the finished run, settings for STEPS steps of this part)
 PARTS = {
     "stage 1": ("stage1_projector", "stage1", {"steps": STEPS}),
-    "stage 2, with pictures": ("stage2_codebook", "stage2", {"steps_a": STEPS, "steps_b": 0}),
-    "stage 2, with text": ("stage2_codebook", "stage2", {"steps_a": 0, "steps_b": STEPS}),
+    "stage 2, with pictures": ("stage2_codebook", "stage2", {"steps_a": STEPS, "steps_b": 0, "val": 4}),
+    "stage 2, with text": ("stage2_codebook", "stage2", {"steps_a": 0, "steps_b": STEPS, "val": 4}),
     "stage 3, cloning": ("stage3_bc", "stage3", {"steps_clone": STEPS, "steps_adapt": 0}),
     "SFT": ("stage3_bc", "sft", {"steps_adapt": STEPS}),
     "latent RL, rollout and update": ("stage4_latent_rl", "rl_latent", {"steps": STEPS, "val": ""}),
