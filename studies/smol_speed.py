@@ -18,6 +18,7 @@ from pathlib import Path
 
 import checkpoint
 import common
+from data import DataError
 
 STEPS = 7
 # name: (script, folder of the finished run, settings for STEPS steps of this part)
@@ -36,7 +37,9 @@ def take(script, settings):
     """Run a stage in a process of its own -> the median seconds of its steps."""
     flags = [x for name, value in settings.items() for x in ("--" + name.replace("_", "-"), str(value))]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, f"{script}.py", *flags], check=True, env=env, stderr=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, f"{script}.py", *flags], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(f"{script}.py ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     rows = common.read_metrics(settings["out"])
     if script == "stage4_latent_rl":  # without the judge, which has a dtype of its own
         return statistics.median(row["s_rollout"] + row["s_update"] for row in rows[1:])

@@ -224,7 +224,34 @@ def smol_tables():
     whole = ["ID, judge ratio", "OOD, judge ratio", "likeness", "diversity", "rollout, s", "update, s"]
     parts = [block for text in report for block in text.split("\n\n") if block.startswith("|")]
     judged = markdown(["text in the place of an answer", "judge ratio", "without the third direction"], fooled)
-    return [smol_table(whole), judged, markdown(head, rates), *parts]
+    return [smol_table(whole), judged, markdown(head, rates), *parts, *again_tables(found)]
+
+
+def again_tables(found):
+    """The same command on another processor: the reward on the fixed prompts, what was learnt, the judge ratios. And
+    what bfloat16 and kept states save."""
+    from studies.smol_pages import PAGES as PARTS
+
+    again, both = found["again"], {"first": found["report"]["curves"], "second": found["again"]["curves"]}
+    rows = [
+        [f"{side}, {run} run", *(f"{point[1]:.3f}" for point in both[run][f"GRPO {side}"]["fixed"])]
+        for side in ("latent", "token")
+        for run in both
+    ]
+    steps = [point[0] for point in again["curves"]["GRPO latent"]["fixed"]]
+    learnt = PARTS["learnt"](again["learnt"]).split("\n\n")[1]
+    ratios = [
+        [name, *(f"{x[test]['ratio']:.2f}" for test in ("ID", "OOD") for x in (found["rows"][name], row))]
+        for name, row in again["rows"].items()
+    ]
+    ways = list(found["speed"]["stage 1"])
+    speed = [[part, *(f"{by[way]:.2f}" for way in ways)] for part, by in found["speed"].items()]
+    return [
+        markdown(["reward", *(f"step {k}" for k in steps)], rows),
+        learnt,
+        markdown(["row", *(f"{test}, {run} run" for test in ("ID", "OOD") for run in both)], ratios),
+        markdown(["part", *ways], speed),
+    ]
 
 
 def atlas_tables():
