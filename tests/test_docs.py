@@ -598,13 +598,24 @@ def smol_texts():
     judges = {"now": found["judge"], "earlier": found["earlier"]["judge"]}
     fooled = {(judge, text): row["ratio"] for judge, rows in judges.items() for text, row in rows.items()}
     error = found["judge"][own]["std"] / found["judge"][own]["records"] ** 0.5
+    second = found["again"]
+    learnt = {side: second["learnt"][f"GRPO {side}"]["end"] for side in fixed}
+    pairs = [(run, test) for run in (rows, second["rows"]) for test in ("ID", "OOD")]
+    leads = [run["GRPO latent"][test]["ratio"] - run["GRPO token"][test]["ratio"] for run, test in pairs]
+    assert sum(run["BC latent"][test]["ratio"] > run["SFT"][test]["ratio"] for run, test in pairs) == 3  # of 4
+    apart = max(abs(rows[row][test]["ratio"] - second["rows"][row][test]["ratio"]) for row in rows for _, test in pairs)
     easy = {side: found["earlier"]["rates"][side]["1e-4"] for side in fixed}
     return [
         f"costs {text['inferred'][0]:.2f} nats a token with the inferred codes, {text['vlm'][0]:.2f} under the bare "
         f"VLM and {text['random'][0]:.2f} with random codes",
-        f"is {fixed['latent'][0]:.3f} before RL, {max(fixed['latent']):.3f} at its highest and "
-        f"{fixed['latent'][-1]:.3f} at the end with latent actions, and {fixed['token'][0]:.3f}, "
-        f"{max(fixed['token']):.3f} and {fixed['token'][-1]:.3f} with tokens",
+        f"rises by {learnt['latent']['gain']:.3f} ± {learnt['latent']['error']:.3f} with latent actions and by "
+        f"{learnt['token']['gain']:.3f} ± {learnt['token']['error']:.3f} with tokens",
+        f"ahead of the token side on both tests, by {min(leads):.2f} to {max(leads):.2f}",
+        f"A row differs between the runs by up to {apart:.2f}",
+        f"by the right character on something else has {fooled['now', 'of the character, on something else']:.2f} with "
+        "this judge",
+        f"the best of four answers to a prompt has {second['learnt']['GRPO latent']['before']['top']:.2f}",
+        f"of 48 tokens an answer has {second['length']:.1f} on average",
         f"has {fooled['earlier', other]:.2f}, more than the VLM's own answers with {fooled['earlier', own]:.2f}",
         f"such a text has {fooled['now', other]:.2f}",
         f"one by the right character on something else has {fooled['now', 'of the character, on something else']:.2f}",
