@@ -8,6 +8,7 @@ import importlib
 import json
 
 import pytest
+import torch
 from helpers import torchrun, weights
 
 import common
@@ -102,8 +103,19 @@ def four(work, tmp_path_factory):
     return launch(work, tmp_path_factory.mktemp("four"), 4, micro=0)
 
 
+TOSSED = 10  # of over 100,000 weights
+
+
 def far(tensors):
     return sum(x.double().norm() ** 2 for x in tensors).sqrt().item()
+
+
+def far_but_few(tensors):
+    """The same without the TOSSED largest numbers. Adam divides a gradient by its own size, so where it is nothing but
+    rounding a weight takes a whole step to either side. That happens to a few of them, and not to the same ones each
+    time."""
+    x = torch.cat([x.double().flatten() for x in tensors])
+    return x.abs().sort().values[:-TOSSED].norm().item()
 
 
 def moved_and_apart(name, alone, many):
@@ -111,7 +123,7 @@ def moved_and_apart(name, alone, many):
     one, still = (weights(run) for run in alone(name))
     two = weights(many / name)
     assert set(one) == set(two)
-    return far(one[k] - still[k] for k in one), far(one[k] - two[k] for k in one)
+    return far(one[k] - still[k] for k in one), far_but_few([one[k] - two[k] for k in one])
 
 
 def logged(run):
