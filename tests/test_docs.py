@@ -614,7 +614,7 @@ def smol_texts():
         f"A row differs between the runs by up to {apart:.2f}",
         f"by the right character on something else has {fooled['now', 'of the character, on something else']:.2f} with "
         "this judge",
-        f"the best of four answers to a prompt has {second['learnt']['GRPO latent']['before']['top']:.2f}",
+        f"the best of eight answers to a prompt has {second['learnt']['GRPO latent']['before']['top']:.2f}",
         f"of 48 tokens an answer has {second['length']:.1f} on average",
         f"has {fooled['earlier', other]:.2f}, more than the VLM's own answers with {fooled['earlier', own]:.2f}",
         f"such a text has {fooled['now', other]:.2f}",
