@@ -521,7 +521,12 @@ def readme_texts():
     f = Found(read("results"))
     ahead = {test: lead(f.ahead(tests=[test])) for test in TESTS}
     lost = f.change("table2", "full", "without text-only data")
+    rows = read("demo")["elsewhere"]["rows"]
+    token, latent = (
+        f"{rows[row]['ID']['ratio']:.3f} and {rows[row]['OOD']['ratio']:.3f}" for row in ("GRPO token", "GRPO latent")
+    )
     return [
+        f"an Intel Xeon had {token} with tokens, {latent} with codes",
         f"mean of the four algorithms, is {lead(f.ahead())}",
         f"{ahead['LS2']} on LS2",
         f"behind on LS1, by {ahead['LS1']}",
