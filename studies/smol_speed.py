@@ -27,9 +27,6 @@ PARTS = {
     "stage 2, with pictures": ("stage2_codebook", "stage2", {"steps_a": STEPS, "steps_b": 0, "val": 4}),
     "stage 2, with text": ("stage2_codebook", "stage2", {"steps_a": 0, "steps_b": STEPS, "val": 4}),
     "stage 3, cloning": ("stage3_bc", "stage3", {"steps_clone": STEPS, "steps_adapt": 0}),
-    "SFT": ("stage3_bc", "sft", {"steps_adapt": STEPS}),
-    "latent RL, rollout and update": ("stage4_latent_rl", "rl_latent", {"steps": STEPS, "val": ""}),
-    "token RL, rollout and update": ("stage4_latent_rl", "rl_token", {"steps": STEPS, "val": ""}),
 }
 
 
@@ -41,8 +38,6 @@ def take(script, settings):
     if done.returncode:
         raise DataError(f"{script}.py ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     rows = common.read_metrics(settings["out"])
-    if script == "stage4_latent_rl":  # without the judge, which has a dtype of its own
-        return statistics.median(row["s_rollout"] + row["s_update"] for row in rows[1:])
     return statistics.median(b["seconds"] - a["seconds"] for a, b in zip(rows, rows[1:]))
 
 
@@ -50,14 +45,12 @@ def measure(run, part, work):
     """-> {way: seconds of a step} of one part."""
     script, folder, few = PARTS[part]
     settings = checkpoint.read_state(run / folder)["config"] | few
-    ways = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
-    if settings.get("states"):
-        ways = {way: change | {"states": ""} for way, change in ways.items()}
-        kept = {"dtype": "bfloat16", "states": str(work / "states")}
-        ways |= {"to be kept": kept, "bfloat16, states kept": kept}
+    kept = {"dtype": "bfloat16", "states": str(work / "states")}
+    ways = {"float32": {"dtype": "float32", "states": ""}, "bfloat16": {"dtype": "bfloat16", "states": ""}}
+    ways |= {"to be kept": kept, "bfloat16, states kept": kept}
     found = {way: take(script, settings | change | {"out": str(work / way)}) for way, change in ways.items()}
     shutil.rmtree(work)
-    found.pop("to be kept", None)  # it computes them, as the run without any does
+    found.pop("to be kept")  # it computes them, as the run without any does
     return found
 
 
@@ -65,10 +58,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="runs/smol", type=Path, help="folder of the finished run")
     parser.add_argument("--out", default="runs/smol/speed.json", type=Path, help="file to write")
-    parser.add_argument("--parts", default=";".join(PARTS), help="parts, with semicolons between them")
     args = parser.parse_args(argv)
-    found = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    for part in args.parts.split(";"):
+    found = {}
+    for part in PARTS:
         found[part] = measure(args.run, part, args.run / "speed")
         print(part, found[part], flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -103,7 +103,7 @@ def four(work, tmp_path_factory):
     return launch(work, tmp_path_factory.mktemp("four"), 4, micro=0)
 
 
-TOSSED = 10  # of over 100,000 weights
+TOSSED = 10  # of more than 60,000 weights
 
 
 def far(tensors):
