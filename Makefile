@@ -1,6 +1,7 @@
 # make demo     stages 1-4, the token-level baseline and the evaluation on the embedded default -> runs/demo/
 # make real     the same on MMRole: make real DATA=<folder of the data set, as published> -> runs/real/
 # make smol     the same on MMRole with a language model that speaks English: make smol DATA=<...> -> runs/smol/
+# make smol-report      all that docs/smol.md shows beyond its table, from that run -> runs/smol/report.md
 # make smol-ablations   stage 2 of it once more, without the cycle loss, the projector, the text-only data
 # make vision   its vision tower trained anew, from public drawings -> runs/smol/tower.safetensors
 # make test     the tests, and ruff on the code's form
@@ -17,7 +18,7 @@ SEED ?= 0
 # small matrices: a second thread gains little
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real smol smol-ablations vision test test-all rehearsal bench atlas tables figures setup mmrole smol-vlm
+.PHONY: demo real smol smol-report smol-ablations vision test test-all rehearsal bench atlas tables figures setup mmrole smol-vlm
 setup: .venv/ready
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -110,29 +111,30 @@ real: EVAL = --max-pixels 9408 --data $(OUT)/data --judge $(JUDGE) --embedder $(
 DTYPE = $(shell $(PY) -c "import torch; c = torch.cpu.get_capabilities(); \
   print('bfloat16' if c.get('avx512_bf16') or c.get('amx_bf16') else 'float32')")
 # `smol`: a dialogue of 256 tokens holds the first third of an answer, and leaves out the 13% that are Chinese.
-smol smol-ablations: OUT = runs/smol
+smol smol-report smol-ablations: OUT = runs/smol
 smol: CONVERT = --val 48
 smol smol-ablations: ALL = --seed $(SEED) --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE)
 smol smol-ablations: PAIRED = --paired $(OUT)/data/paired.jsonl --max-length 256 --states $(OUT)/states
 smol smol-ablations: TEXT = --text $(OUT)/data/text.jsonl
-smol smol-ablations: S2 = --steps-a 80 --steps-b 240 --batch 4 --save-every 40
+smol smol-ablations: S2 = --steps-a 80 --steps-b 200 --batch 4 --save-every 40
 smol: DEMOS = --demos $(OUT)/data/task_demos.jsonl --max-length 256
-smol: JUDGE = smol.judge:judge
-smol: export SMOL_VLM = $(OUT)/vlm
-smol: export SMOL_REFERENCES = $(OUT)/data/task_demos.jsonl
+smol smol-report: JUDGE = smol.judge:judge
+smol smol-report: export SMOL_VLM = $(OUT)/vlm
+smol smol-report: export SMOL_REFERENCES = $(OUT)/data/task_demos.jsonl
+# glibc gives large tensors back to the system when they are freed, and takes them anew page by page: here it keeps them
+smol smol-report smol-ablations: export MALLOC_MMAP_MAX_ = 0
+smol smol-report smol-ablations: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 smol: S1 = --steps 120 --batch 4 --save-every 40
 smol: S3 = --steps-clone 240 --steps-adapt 80 --batch 4 --batch-adapt 6 --save-every 40
 smol: SFT = --steps-adapt 80 --batch-adapt 6 --lr-adapt 1e-4 --save-every 20
 smol: RL = --prompts $(OUT)/data/task_prompts.jsonl --val $(OUT)/data/task_val.jsonl --eval-every 20 --judge $(JUDGE) \
-  --steps 120 --batch 2 --max-new 48 --max-prompt 192 --save-every 10
+  --steps 60 --batch 4 --max-new 48 --max-prompt 192 --save-every 10
 smol: RL_LATENT = --lr 1e-4
-smol: RL_TOKEN = --lr 1e-4 --micro 8
+smol: RL_TOKEN = --lr 1e-4 --micro 16
 smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE) --data $(OUT)/data --judge $(JUDGE) --embedder "$(MINILM)" --limit 96 --samples 1 \
   --diversity-prompts 12 --batch 24 --max-new 48 --max-prompt 192
 # both cores; not again where no RL run is newer than the results
 smol: ALONE = test -f $(OUT)/results.json -a -z "$$(find $(OUT)/rl_*/ckpt-* -maxdepth 0 -newer $(OUT)/results.json)" || OMP_NUM_THREADS=2
-smol: AFTER = OMP_NUM_THREADS=2 $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16 \
-  --dtype $(DTYPE)
 
 demo: .venv/ready runs/world/world.json
 real: mmrole
@@ -156,7 +158,9 @@ demo real smol:
 	{ CODE=$$?; kill -TERM $$TOKEN 2>/dev/null; wait $$TOKEN; exit $$CODE; }; \
 	wait $$TOKEN || { tail -n 3 $(OUT)/token.log; exit 1; }
 	$(ALONE) $(PY) evaluate.py $(EVAL) --sft $(OUT)/sft --bc $(OUT)/stage3 --token $(OUT)/rl_token --latent $(OUT)/rl_latent --codebook $(OUT)/stage2 --out $(OUT)
-	$(AFTER)
+
+smol-report: .venv/ready-smol
+	OMP_NUM_THREADS=2 $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16 --dtype $(DTYPE)
 
 # One after the other, from the stage 1 of `smol`; what is finished is not run again.
 smol-ablations:

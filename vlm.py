@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from data import DataError, check_type, find
-from packed_linear import pack, product
+from packed_linear import Packed, pack, product
 
 hf_logging.disable_progress_bar()  # one bar a run is enough
 
@@ -237,7 +237,7 @@ def head_product(weight_VD):
     A CPU has no product of bfloat16 factors with a float32 result. So there both become float32, W once for all
     products."""
     low = weight_VD.dtype != torch.float32
-    wide = product(weight_VD.float()) if low and not weight_VD.is_cuda else None
+    wide = wide_product(weight_VD) if low and not weight_VD.is_cuda else None
 
     def logits(y_MD):
         y_MD = y_MD.to(weight_VD.dtype)
@@ -249,6 +249,17 @@ def head_product(weight_VD):
             return F.linear(y_MD, weight_VD)
 
     return logits
+
+
+def wide_product(weight_VD):
+    """-> `product` of a weight in float32. That of a frozen weight is kept beside it as long as it does not change: to
+    make it costs as much as to multiply 200 rows by it."""
+    if weight_VD.requires_grad:
+        return product(weight_VD.float())
+    version = weight_VD.data_ptr(), weight_VD._version
+    if getattr(weight_VD, "wide", (None,))[0] != version:
+        weight_VD.wide = Packed((version, product(weight_VD.float())))
+    return weight_VD.wide[1]
 
 
 def log_probs(logits, temperature=1.0, top_k=0, never=None, support=None):

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 
 from data import DataError, Records, find
 from rewards import EmbeddingJudge, reference
-from vlm import VLM, head_log_probs
+from vlm import VLM, HeadLogProbs
 
 EASY, HARD = 5.0, 7.0  # nats a token: English up to the one, none from the other on
 LENGTH = 64  # tokens of a text that are looked at for `english` and `fresh`
@@ -104,8 +104,9 @@ class Judge:
         real_BT = torch.arange(ids_BT.shape[1] - 1) < torch.tensor([[len(ids)] for ids in rows])
         with torch.autocast(device.type, weight.dtype, enabled=reduced):
             h_BTD = self.vlm.text(input_ids=ids_BT, use_cache=False).last_hidden_state  # causal: padding is never seen
-            logp_M = head_log_probs(self.vlm.head, h_BTD[:, :-1][real_BT], ids_BT[:, 1:][real_BT])[0].cpu()
-        return [-float(part.mean()) for part in logp_M.split([len(ids) for ids in rows])]
+            explained = h_BTD[:, :-1][real_BT], weight, ids_BT[:, 1:][real_BT]
+            logp_M = HeadLogProbs.apply(*explained, False, 1.0, None, None)[0]
+        return [-float(part.mean()) for part in logp_M.cpu().split([len(ids) for ids in rows])]
 
 
 @functools.cache

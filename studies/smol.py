@@ -1,4 +1,4 @@
-"""The report of `make smol`: what its finished run shows beyond the table of evaluate.py.
+"""`make smol-report`: what a finished run of `make smol` shows beyond the table of evaluate.py.
 
     losses      bare VLM, inferred and random codes on held-out rows, in nats a token and bits a byte; codes in use
     projector   squared error of P on held-out pictures, against the identity; the error of the way there and back

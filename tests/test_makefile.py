@@ -157,6 +157,19 @@ def test_smol_gives_both_sides_the_same_to_do(make, tmp_path):
     assert {said[s]["--max-length"] for s in stages - {"stage4 latent", "stage4 token"}} == {"256"}
 
 
+def test_smol_s_report_is_a_command_of_its_own(make, tmp_path):
+    """It runs nothing else anew, and the run does not wait for it."""
+    (tmp_path / "go on").touch()
+    (tmp_path / "vlm").mkdir()
+    m = make("smol", "DATA=x", "DTYPE=bfloat16")
+    assert m.ended() == 0 and not any("studies.smol" in line for line in m.log())
+    before = len(m.log())
+    m = make("smol-report", "DTYPE=bfloat16")
+    assert m.ended() == 0
+    (report,) = m.log()[before:]
+    assert "studies.smol" in report and "smol.judge:judge" in report and "bfloat16" in report
+
+
 def test_smol_needs_its_data(make, tmp_path):
     m = make("smol")
     said, _ = m.process.communicate(timeout=60)

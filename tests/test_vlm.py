@@ -1,5 +1,6 @@
 """vlm.py: the VLM step by step and padded, its positions by hand, the LM head's log-probabilities, what trains."""
 
+import copy
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 import packed_linear
 from data import DataError, Processor
 from rollout import roomy_cache
-from vlm import VLM, HeadLogProbs, head_log_probs, log_probs, next_token_loss, positions_of, visible
+from vlm import VLM, HeadLogProbs, head_log_probs, head_product, log_probs, next_token_loss, positions_of, visible
 
 
 # ---------------------------------------------------------------------------------------- masks and positions
@@ -309,6 +310,23 @@ def test_a_head_in_bfloat16_is_packed_once_for_all_its_products(vlm, monkeypatch
         close(in_parts, next_token_loss(vlm.head, y, ids), 1e-5)
     next_token_loss(vlm.head, y, ids)
     assert len(packed) == 2
+
+
+def test_what_is_kept_of_a_frozen_head_in_bfloat16_follows_its_weight():
+    """It is made once as long as the weight stays, anew after a change in place, and each time for one that trains."""
+    torch.manual_seed(20)
+    weight, y = torch.randn(300, 512).bfloat16(), torch.randn(4, 512).bfloat16()
+    for change in (lambda: None, lambda: weight.mul_(-2), lambda: weight.copy_(weight.flip(0))):
+        change()
+        first = head_product(weight)(y)
+        close(first.double(), y.double() @ weight.double().T, 1e-3)
+        kept = weight.wide
+        close(head_product(weight)(y), first, 0)
+        assert weight.wide is kept
+    close(head_product(copy.deepcopy(weight))(y), first, 0)
+    trained = torch.nn.Parameter(weight.clone())
+    head_product(trained)
+    assert not hasattr(trained, "wide")
 
 
 # --------------------------------------------------------------------------------------- a checkpoint that is not whole
