@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from data import DataError, check_type, find
-from packed_linear import Packed, pack, product
+from packed_linear import Packed, PackedLinear, pack, product
 
 hf_logging.disable_progress_bar()  # one bar a run is enough
 
@@ -252,9 +252,9 @@ def head_product(weight_VD):
 
 
 def wide_product(weight_VD):
-    """-> `product` of a weight in float32. That of a frozen weight is kept beside it as long as it does not change: to
-    make it costs as much as to multiply 200 rows by it."""
-    if weight_VD.requires_grad:
+    """-> `product` of a weight in float32. Where it is packed and the weight is frozen, it is kept beside the weight as
+    long as that does not change: to make it costs as much as to multiply 200 rows by it."""
+    if weight_VD.requires_grad or not PackedLinear.enabled:
         return product(weight_VD.float())
     version = weight_VD.data_ptr(), weight_VD._version
     if getattr(weight_VD, "wide", (None,))[0] != version:

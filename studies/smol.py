@@ -47,7 +47,7 @@ class Config(Everywhere):
     likeness: str = option("", "folder of a sentence-embedding model, as a second judge of what is said; '': none")
     parts: str = option("", "only these parts, with commas between them; '': all")
     rows: int = option(24, "records of each test that the models answer here", least=2)
-    draws: int = option(4, "answers to each prompt of the validation part, for what RL has learnt", least=1)
+    draws: int = option(8, "answers to each prompt of the validation part, for what RL has learnt", least=1)
     contexts: int = option(200, "contexts over which what a code does is averaged", least=1)
     batch: int = option(12, "rows of a forward pass", least=1)
     seed: int = option(2000, "seed of sampling")
