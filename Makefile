@@ -129,8 +129,8 @@ smol: S3 = --steps-clone 240 --steps-adapt 80 --batch 4 --batch-adapt 6 --save-e
 smol: SFT = --steps-adapt 80 --batch-adapt 6 --lr-adapt 1e-4 --save-every 20
 smol: RL = --prompts $(OUT)/data/task_prompts.jsonl --val $(OUT)/data/task_val.jsonl --eval-every 20 --judge $(JUDGE) \
   --steps 60 --batch 4 --max-new 48 --max-prompt 192 --save-every 10
-smol: RL_LATENT = --lr 1e-4
-smol: RL_TOKEN = --lr 1e-4 --micro 16
+smol: RL_LATENT = --lr 1.4e-4
+smol: RL_TOKEN = --lr 1.4e-4 --micro 16
 smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE) --data $(OUT)/data --judge $(JUDGE) --embedder "$(MINILM)" --limit 96 --samples 1 \
   --diversity-prompts 12 --batch 24 --max-new 48 --max-prompt 192
 # both cores; not again where no RL run is newer than the results
