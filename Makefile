@@ -121,9 +121,10 @@ smol: DEMOS = --demos $(OUT)/data/task_demos.jsonl --max-length 256
 smol smol-report: JUDGE = smol.judge:judge
 smol smol-report: export SMOL_VLM = $(OUT)/vlm
 smol smol-report: export SMOL_REFERENCES = $(OUT)/data/task_demos.jsonl
-# glibc gives large tensors back to the system when they are freed, and takes them anew page by page: here it keeps them
-smol smol-report smol-ablations: export MALLOC_MMAP_MAX_ = 0
-smol smol-report smol-ablations: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+# glibc gives large tensors back to the system when they are freed, and takes them anew page by page. Here it keeps them:
+# faster, and more memory, so not in stages 1 to 3.
+KEEP =
+smol smol-report: KEEP = env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
 smol: S1 = --steps 120 --batch 4 --save-every 40
 smol: S3 = --steps-clone 240 --steps-adapt 80 --batch 4 --batch-adapt 6 --save-every 40
 smol: SFT = --steps-adapt 80 --batch-adapt 6 --lr-adapt 1e-4 --save-every 20
@@ -134,7 +135,7 @@ smol: RL_TOKEN = --lr 1.4e-4 --micro 16
 smol: EVAL = --vlm $(OUT)/vlm --max-pixels 12544 --dtype $(DTYPE) --data $(OUT)/data --judge $(JUDGE) --embedder "$(MINILM)" --limit 96 --samples 1 \
   --diversity-prompts 12 --batch 24 --max-new 48 --max-prompt 192
 # both cores; not again where no RL run is newer than the results
-smol: ALONE = test -f $(OUT)/results.json -a -z "$$(find $(OUT)/rl_*/ckpt-* -maxdepth 0 -newer $(OUT)/results.json)" || OMP_NUM_THREADS=2
+smol: ALONE = test -f $(OUT)/results.json -a -z "$$(find $(OUT)/rl_*/ckpt-* -maxdepth 0 -newer $(OUT)/results.json 2>/dev/null)" || OMP_NUM_THREADS=2
 
 demo: .venv/ready runs/world/world.json
 real: mmrole
@@ -148,19 +149,19 @@ demo real smol:
 	trap 'kill -TERM $$CHILD 2>/dev/null; wait $$CHILD' TERM; \
 	beside() { "$$@" & CHILD=$$!; wait $$CHILD; }; \
 	beside $(PY) stage3_bc.py $(ALL) --actions token $(DEMOS) $(SFT) --out $(OUT)/sft && \
-	beside $(PY) stage4_latent_rl.py $(ALL) --actions token $(RL) $(RL_TOKEN) --init $(OUT)/sft --out $(OUT)/rl_token \
+	beside $(KEEP) $(PY) stage4_latent_rl.py $(ALL) --actions token $(RL) $(RL_TOKEN) --init $(OUT)/sft --out $(OUT)/rl_token \
 	) > $(OUT)/token.log 2>&1 & TOKEN=$$!; \
 	trap 'wait $$TOKEN; exit 130' INT; trap 'kill -TERM $$TOKEN 2>/dev/null; wait $$TOKEN; exit 143' TERM; \
 	$(PY) stage1_projector.py $(ALL) $(PAIRED) $(S1) --out $(OUT)/stage1 && \
 	$(PY) stage2_codebook.py $(ALL) $(PAIRED) $(TEXT) $(S2) --projector $(OUT)/stage1 --out $(OUT)/stage2 && \
 	$(PY) stage3_bc.py $(ALL) $(PAIRED) $(TEXT) $(DEMOS) $(S3) --init $(OUT)/stage2 --out $(OUT)/stage3 && \
-	$(PY) stage4_latent_rl.py $(ALL) $(RL) $(RL_LATENT) --init $(OUT)/stage3 --out $(OUT)/rl_latent || \
+	$(KEEP) $(PY) stage4_latent_rl.py $(ALL) $(RL) $(RL_LATENT) --init $(OUT)/stage3 --out $(OUT)/rl_latent || \
 	{ CODE=$$?; kill -TERM $$TOKEN 2>/dev/null; wait $$TOKEN; exit $$CODE; }; \
 	wait $$TOKEN || { tail -n 3 $(OUT)/token.log; exit 1; }
-	$(ALONE) $(PY) evaluate.py $(EVAL) --sft $(OUT)/sft --bc $(OUT)/stage3 --token $(OUT)/rl_token --latent $(OUT)/rl_latent --codebook $(OUT)/stage2 --out $(OUT)
+	$(ALONE) $(KEEP) $(PY) evaluate.py $(EVAL) --sft $(OUT)/sft --bc $(OUT)/stage3 --token $(OUT)/rl_token --latent $(OUT)/rl_latent --codebook $(OUT)/stage2 --out $(OUT)
 
 smol-report: .venv/ready-smol
-	OMP_NUM_THREADS=2 $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16 --dtype $(DTYPE)
+	OMP_NUM_THREADS=2 $(KEEP) $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16 --dtype $(DTYPE)
 
 # One after the other, from the stage 1 of `smol`; what is finished is not run again.
 smol-ablations:
