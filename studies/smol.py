@@ -157,8 +157,13 @@ def dialogues(run, judge):
 
 
 def of_run(function):
-    """A measure of the run alone, as a part."""
-    return lambda run, judge: function(run)
+    """A measure of the run alone, as a part. Its products are in the run's dtype; those of a judge are never."""
+
+    def part(run, judge):
+        with run.place.autocast():
+            return function(run)
+
+    return part
 
 
 PARTS = {

@@ -14,6 +14,7 @@ from helpers import CODES, CPU, alone, close
 import common
 from data import DataError
 from model import LatentModel
+from rewards import load_judge
 from speaker import Response
 from studies import smol, smol_speed
 from studies import smol_measures as measures
@@ -81,6 +82,22 @@ def test_parts_are_made_anew_one_by_one(report, folder):
         smol.main(settings(folder, "--parts", "loses"))
     with pytest.raises(DataError, match="make smol"):
         smol.main(["--run", f"{folder}/data"])
+
+
+def test_in_bfloat16_every_part_says_nearly_the_same(report, folder, tmp_path):
+    """A real run on a CPU with bfloat16 reports in it, too. The answers are other ones, so only what does not hang on
+    them is compared."""
+    place = common.Place(torch.device("cpu"), torch.bfloat16, 0, 1)
+    for path in filter(Path.is_dir, folder.iterdir()):
+        (tmp_path / path.name).symlink_to(path)
+    run, judge = Finished(common.parse_config(smol.Config, "", settings(tmp_path)), place), load_judge("rules")
+    found = {part: make(run, judge) for part, make in smol.PARTS.items()}
+    assert found["picture"] == pytest.approx(report["picture"], rel=0.02)
+    for name, row in found["projector"].items():
+        rounding = 2**-16 * row["square"]  # the square of a rounding to bfloat16
+        assert row == pytest.approx(report["projector"][name], rel=0.05, abs=rounding)
+    assert found["picture"] != report["picture"] and found["projector"] != report["projector"]
+    assert found["losses"] == report["losses"] and found["ablations"] == report["ablations"]
 
 
 def test_answers_are_drawn_again_when_a_model_is_newer(folder, run, monkeypatch):
