@@ -161,7 +161,7 @@ demo real smol:
 	$(ALONE) $(KEEP) $(PY) evaluate.py $(EVAL) --sft $(OUT)/sft --bc $(OUT)/stage3 --token $(OUT)/rl_token --latent $(OUT)/rl_latent --codebook $(OUT)/stage2 --out $(OUT)
 
 smol-report: .venv/ready-smol
-	OMP_NUM_THREADS=2 $(KEEP) $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16 --dtype $(DTYPE)
+	OMP_NUM_THREADS=2 $(KEEP) $(PY) -m studies.smol --run $(OUT) --judge $(JUDGE) --likeness "$(MINILM)" --rows 16 --batch 24 --dtype $(DTYPE)
 
 # One after the other, from the stage 1 of `smol`; what is finished is not run again.
 smol-ablations:
