@@ -224,32 +224,28 @@ def smol_tables():
     whole = ["ID, judge ratio", "OOD, judge ratio", "likeness", "diversity", "rollout, s", "update, s"]
     parts = [block for text in report for block in text.split("\n\n") if block.startswith("|")]
     judged = markdown(["text in the place of an answer", "judge ratio", "without the third direction"], fooled)
-    return [smol_table(whole), judged, markdown(head, rates), *parts, *again_tables(found)]
+    return [smol_table(whole), judged, markdown(head, rates), *parts, *former_tables(found)]
 
 
-def again_tables(found):
-    """The same command on another processor: the reward on the fixed prompts, what was learnt, the judge ratios. And
-    what bfloat16 and kept states save."""
-    from studies.smol_pages import PAGES as PARTS
-
-    again, both = found["again"], {"first": found["report"]["curves"], "second": found["again"]["curves"]}
-    rows = [
-        [f"{side}, {run} run", *(f"{point[1]:.3f}" for point in both[run][f"GRPO {side}"]["fixed"])]
-        for side in ("latent", "token")
-        for run in both
-    ]
-    steps = [point[0] for point in again["curves"]["GRPO latent"]["fixed"]]
-    learnt = PARTS["learnt"](again["learnt"]).split("\n\n")[1]
+def former_tables(found):
+    """What was learnt with other settings: learning rates, and two prompts a step. And what bfloat16 and kept states
+    save."""
+    former = found["former"]
+    rates = []
+    for side, by in found["tries"].items():
+        for rate, r in by.items():
+            shown = [f"{r[k]:.{digits}f}" for k, digits in (("before", 3), ("after", 3), ("kl", 2))]
+            rates.append([side, rate, str(r["prompts"]), str(r["steps"]), *shown])
+    runs = {"this run": found["rows"]} | {name: run["rows"] for name, run in former.items()}
     ratios = [
-        [name, *(f"{x[test]['ratio']:.2f}" for test in ("ID", "OOD") for x in (found["rows"][name], row))]
-        for name, row in again["rows"].items()
+        [name, *(f"{rows[name][test]['ratio']:.2f}" for test in ("ID", "OOD") for rows in runs.values())]
+        for name in found["rows"]
     ]
     ways = list(found["speed"]["stage 1"])
     speed = [[part, *(f"{by[way]:.2f}" for way in ways)] for part, by in found["speed"].items()]
     return [
-        markdown(["reward", *(f"step {k}" for k in steps)], rows),
-        learnt,
-        markdown(["row", *(f"{test}, {run} run" for test in ("ID", "OOD") for run in both)], ratios),
+        markdown(["side", "rate", "prompts a step", "steps", "reward before", "reward after", "KL"], rates),
+        markdown(["row", *(f"{test}, {name}" for test in ("ID", "OOD") for name in runs)], ratios),
         markdown(["part", *ways], speed),
     ]
 
@@ -603,24 +599,24 @@ def smol_texts():
     judges = {"now": found["judge"], "earlier": found["earlier"]["judge"]}
     fooled = {(judge, text): row["ratio"] for judge, rows in judges.items() for text, row in rows.items()}
     error = found["judge"][own]["std"] / found["judge"][own]["records"] ** 0.5
-    second = found["again"]
-    learnt = {side: second["learnt"][f"GRPO {side}"]["end"] for side in fixed}
-    pairs = [(run, test) for run in (rows, second["rows"]) for test in ("ID", "OOD")]
-    leads = [run["GRPO latent"][test]["ratio"] - run["GRPO token"][test]["ratio"] for run, test in pairs]
-    assert sum(run["BC latent"][test]["ratio"] > run["SFT"][test]["ratio"] for run, test in pairs) == 3  # of 4
-    apart = max(abs(rows[row][test]["ratio"] - second["rows"][row][test]["ratio"]) for row in rows for _, test in pairs)
+    learnt = {side: report["learnt"][f"GRPO {side}"]["end"] for side in fixed}
+    runs = [rows, *(run["rows"] for run in found["former"].values())]
+    leads = [run["GRPO latent"][t]["ratio"] - run["GRPO token"][t]["ratio"] for run in runs for t in ("ID", "OOD")]
+    past = found["tries"]["GRPO latent"]["1e-4"]
+    apart = max(np.ptp([run[row][test]["ratio"] for run in runs]) for row in rows for test in ("ID", "OOD"))
     easy = {side: found["earlier"]["rates"][side]["1e-4"] for side in fixed}
     return [
         f"costs {text['inferred'][0]:.2f} nats a token with the inferred codes, {text['vlm'][0]:.2f} under the bare "
         f"VLM and {text['random'][0]:.2f} with random codes",
         f"rises by {learnt['latent']['gain']:.3f} ± {learnt['latent']['error']:.3f} with latent actions and by "
         f"{learnt['token']['gain']:.3f} ± {learnt['token']['error']:.3f} with tokens",
-        f"ahead of the token side on both tests, by {min(leads):.2f} to {max(leads):.2f}",
+        f"an earlier run of it gained {past['after'] - past['before']:.3f} ± {past['error']:.3f}",
+        f"The latent side's lead over the token side is between {lead(min(leads))} and {lead(max(leads))}",
         f"A row differs between the runs by up to {apart:.2f}",
         f"by the right character on something else has {fooled['now', 'of the character, on something else']:.2f} with "
         "this judge",
-        f"the best of eight answers to a prompt has {second['learnt']['GRPO latent']['before']['top']:.2f}",
-        f"of 48 tokens an answer has {second['length']:.1f} on average",
+        f"the best of eight answers to a prompt has {report['learnt']['GRPO latent']['before']['top']:.2f}",
+        f"of 48 tokens an answer has {found['length']:.1f} on average",
         f"has {fooled['earlier', other]:.2f}, more than the VLM's own answers with {fooled['earlier', own]:.2f}",
         f"such a text has {fooled['now', other]:.2f}",
         f"one by the right character on something else has {fooled['now', 'of the character, on something else']:.2f}",
@@ -633,6 +629,7 @@ def smol_texts():
         f"{less['without text-only data']['text']['val_inferred']:.2f} nats",
         f"takes {latent['s_update']:.1f} s with latent actions and {token['s_update']:.1f} s with tokens, a rollout "
         f"{latent['s_rollout']:.1f} s and {token['s_rollout']:.1f} s",
+        f"stage 2 held {found['given_back']['stage2']:.1f} GiB and SFT {found['given_back']['sft']:.1f} GiB",
         f"at its peak {gib['rl_latent']:.1f} GiB with latent actions and {gib['rl_token']:.1f} GiB with tokens",
         f"goes from {rows['BC latent']['ID']['ratio']:.2f} before RL to "
         f"{rows['GRPO latent']['ID']['ratio']:.2f} on ID and from {rows['BC latent']['OOD']['ratio']:.2f} to "
