@@ -599,10 +599,13 @@ def smol_texts():
     judges = {"now": found["judge"], "earlier": found["earlier"]["judge"]}
     fooled = {(judge, text): row["ratio"] for judge, rows in judges.items() for text, row in rows.items()}
     error = found["judge"][own]["std"] / found["judge"][own]["records"] ** 0.5
-    learnt = {side: report["learnt"][f"GRPO {side}"]["end"] for side in fixed}
+    learnt = {side: found["sixteen"][f"GRPO {side}"] for side in fixed}
+    moves = {
+        side: f"from {x['before']:.3f} to {x['after']:.3f}, a gain of {x['gain']:.3f} ± {x['error']:.3f}"
+        for side, x in learnt.items()
+    }
     runs = [rows, *(run["rows"] for run in found["former"].values())]
     leads = [run["GRPO latent"][t]["ratio"] - run["GRPO token"][t]["ratio"] for run in runs for t in ("ID", "OOD")]
-    past = found["tries"]["GRPO latent"]["1e-4"]
     apart = max(np.ptp([run[row][test]["ratio"] for run in runs]) for row in rows for test in ("ID", "OOD"))
     easy = {side: found["earlier"]["rates"][side]["1e-4"] for side in fixed}
     return [
@@ -610,7 +613,7 @@ def smol_texts():
         f"VLM and {text['random'][0]:.2f} with random codes",
         f"rises by {learnt['latent']['gain']:.3f} ± {learnt['latent']['error']:.3f} with latent actions and by "
         f"{learnt['token']['gain']:.3f} ± {learnt['token']['error']:.3f} with tokens",
-        f"an earlier run of it gained {past['after'] - past['before']:.3f} ± {past['error']:.3f}",
+        f"By those the latent side rises {moves['latent']}, and the token side {moves['token']}",
         f"The latent side's lead over the token side is between {lead(min(leads))} and {lead(max(leads))}",
         f"A row differs between the runs by up to {apart:.2f}",
         f"by the right character on something else has {fooled['now', 'of the character, on something else']:.2f} with "
